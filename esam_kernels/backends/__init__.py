@@ -1,0 +1,71 @@
+"""The implementations behind every operator, and how one is chosen.
+
+A backend is a module with one function per operator of :mod:`esam_kernels.ops`, of the same name and
+arguments, and ``unavailable(device)``, which says why it cannot serve a device (None if it can).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("esam_kernels")
+
+ENVIRONMENT_VARIABLE = "ESAM_KERNELS_BACKEND"
+NAMES = ("reference", "native", "triton", "cuda")
+
+# The order in which backends are tried on a device when none is asked for; anything else runs the reference.
+_DEFAULT_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of the backend ``name``. It can always be imported, whatever the machine lacks."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+    return importlib.import_module(f"esam_kernels.backends.{name}")
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why the backend ``name`` cannot serve ``device``, and how to get it; None if it can."""
+    reason: str | None = load(name).unavailable(device)
+    return reason
+
+
+def resolve(name: str | None, device: torch.device) -> ModuleType:
+    """The backend for tensors on ``device``: ``name``, or ``ESAM_KERNELS_BACKEND``, or the device's default.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend that was asked for cannot serve this device.
+    """
+    return _resolve(name or os.environ.get(ENVIRONMENT_VARIABLE) or "", device.type, device)
+
+
+def _resolve(name: str, device_type: str, device: torch.device) -> ModuleType:
+    key = (name, device_type)
+    if key not in _resolved:
+        _resolved[key] = _choose(name, device)
+    return _resolved[key]
+
+
+_resolved: dict[tuple[str, str], ModuleType] = {}
+
+
+def _choose(name: str, device: torch.device) -> ModuleType:
+    if name:
+        reason = unavailable(name, device)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} is not available for {device.type} tensors: {reason}")
+        return load(name)
+    for candidate in _DEFAULT_ORDER.get(device.type, ("reference",)):
+        reason = unavailable(candidate, device)
+        if reason is None:
+            return load(candidate)
+        logger.info("backend %r is not available for %s tensors: %s", candidate, device.type, reason)
+    return load("reference")
