@@ -1,0 +1,20 @@
+"""Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) for PyTorch, as fused kernels."""
+
+from esam_kernels import ops, schedules
+from esam_kernels.optimizer import ESAM, SAM
+from esam_kernels.selection import cross_entropy, gather, select
+from esam_kernels.training_modes import RandomState, frozen_batch_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESAM",
+    "SAM",
+    "RandomState",
+    "cross_entropy",
+    "frozen_batch_norm",
+    "gather",
+    "ops",
+    "schedules",
+    "select",
+]

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_kernels.backends import resolve
+from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
 
 __all__ = [
     "NUM_PARTIALS",
     "compute_dtype",
+    "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_forward",
     "gather",
+    "gather_rows",
     "norm_partials",
     "perturb_",
     "restore_",
@@ -353,6 +355,37 @@ cross_entropy_backward = _register(
 """The gradient of the losses with respect to the logits, contiguous (rows, classes), in the logits' dtype."""
 
 
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+        losses, lse = cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+        return losses, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, target, ctx.label_smoothing, ctx.ignore_index = inputs
+        ctx.save_for_backward(logits, target, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        logits, target, lse = ctx.saved_tensors
+        arguments = (ctx.label_smoothing, ctx.ignore_index)
+        if torch.is_grad_enabled():
+            # Somebody wants a second derivative: the reference is made of operators that have one.
+            lse = torch.logsumexp(logits.to(lse.dtype), dim=1)
+            gradient = reference.cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+        else:
+            gradient = cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+        return gradient, None, None, None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+    """The losses of ``cross_entropy_forward``, twice differentiable with respect to the logits."""
+    losses: Tensor = _CrossEntropy.apply(logits, target, label_smoothing, ignore_index)[0]
+    return losses
+
+
 def _select(loss_before: Tensor, loss_after: Tensor, k: int, backend: str = "") -> Tensor:
     for name, losses in (("loss_before", loss_before), ("loss_after", loss_after)):
         _check(
@@ -391,10 +424,16 @@ def _gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[T
 
 
 def _fake_gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
-    from esam_kernels.backends import reference
-
     return reference.gather(tensors, indices)
 
 
 gather = _register("gather(Tensor[] tensors, Tensor indices, *, str backend='') -> Tensor[]", _gather, _fake_gather)
 """The rows ``indices`` of each tensor: any dtype, batch in front, memory format kept."""
+
+
+def gather_rows(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
+    """The rows ``indices`` of each tensor, differentiable with respect to the tensors."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return reference.gather(tensors, indices)
+    rows: list[Tensor] = gather(tensors, indices)
+    return rows

@@ -1,0 +1,146 @@
+"""The base optimizer's own update, computed from the saved weights: the restore then costs nothing (SGD, Adam, AdamW).
+
+The state is kept where torch's optimizers keep it, under the same names, so that checkpoints interchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from esam_kernels import ops
+from esam_kernels.backends import resolve
+
+
+def can_fuse(base: Optimizer, backend: str, params: Sequence[Tensor]) -> bool:
+    """Whether :func:`restore_and_step` does exactly what ``restore`` and ``base.step()`` would do.
+
+    Not where the backend has no fused update, where the optimizer is a subclass or has hooks of the user's, or where a
+    gradient or a state does not lie in memory as its parameter does.
+    """
+    if type(base) not in _STEPS or not all(
+        getattr(resolve(backend, device), "FUSES_UPDATES", False) for device in {param.device for param in params}
+    ):
+        return False
+    hooks = (
+        base._optimizer_step_pre_hooks,
+        base._optimizer_step_post_hooks,
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    if any(hooks) or getattr(base, "found_inf", None) is not None:
+        return False
+    return all(_group_fits(base, group) for group in base.param_groups)
+
+
+def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
+    if group["differentiable"] or any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+        return False
+    for param in group["params"]:
+        grad = param.grad
+        if grad is None:
+            continue
+        tensors = [grad] + [value for name, value in base.state[param].items() if name in _LIKE_PARAMETER]
+        if any(
+            tensor is not None
+            and (tensor.layout, tensor.dtype, tensor.device) != (param.layout, param.dtype, param.device)
+            or tensor is not None
+            and tensor.stride() != param.stride()
+            for tensor in tensors
+        ):
+            return False
+    return True
+
+
+_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def restore_and_step(base: Optimizer, backups: dict[int, Tensor], perturbed: Sequence[Tensor], backend: str) -> None:
+    """The update of ``base`` from the saved weights ``backups`` (by the ``id`` of the parameter)."""
+    without = [param for param in perturbed if param.grad is None]
+    with torch.no_grad():
+        if without:
+            ops.restore_(without, [backups[id(param)] for param in without], backend=backend)
+        for group in base.param_groups:
+            params = [param for param in group["params"] if param.grad is not None and param.numel()]
+            if params:
+                saved = [backups.get(id(param), param) for param in params]
+                _STEPS[type(base)](base, group, params, saved, backend)
+    # What torch's LR schedulers look at to warn about a missing optimizer.step().
+    base._opt_called = True  # type: ignore[attr-defined]
+
+
+def _learning_rate(group: dict[str, Any]) -> tuple[float, Tensor | None]:
+    lr = group["lr"]
+    return (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+
+
+def _sgd_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:
+    lr, lr_tensor = _learning_rate(group)
+    momentum = group["momentum"]
+    fresh = [momentum != 0 and base.state[param].get("momentum_buffer") is None for param in params]
+    for first in (True, False):
+        chosen = [i for i, is_fresh in enumerate(fresh) if is_fresh is first]
+        if not chosen:
+            continue
+        if first:
+            for i in chosen:
+                base.state[params[i]]["momentum_buffer"] = torch.empty_like(params[i])
+        ops.restore_sgd_(
+            [params[i] for i in chosen],
+            [saved[i] for i in chosen],
+            [params[i].grad for i in chosen],
+            [base.state[params[i]]["momentum_buffer"] for i in chosen] if momentum != 0 else [],
+            first,
+            lr,
+            lr_tensor,
+            momentum,
+            group["dampening"],
+            group["weight_decay"],
+            group["nesterov"],
+            group["maximize"],
+            backend=backend,
+        )
+
+
+def _adam_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:
+    lr, lr_tensor = _learning_rate(group)
+    amsgrad = group["amsgrad"]
+    for param in params:
+        state = base.state[param]
+        if not state:
+            on_device = group["capturable"] or group["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]:
+                state[name] = torch.zeros_like(param)
+    states = [base.state[param] for param in params]
+    ops.restore_adam_(
+        params,
+        saved,
+        [param.grad for param in params],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
+        [state["step"] for state in states],
+        lr,
+        lr_tensor,
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        amsgrad,
+        group["maximize"],
+        group["decoupled_weight_decay"],
+        backend=backend,
+    )
+
+
+_STEPS: dict[type[Optimizer], Callable[[Any, dict[str, Any], list[Tensor], list[Tensor], str], None]] = {
+    SGD: _sgd_step,
+    Adam: _adam_step,
+    AdamW: _adam_step,
+}

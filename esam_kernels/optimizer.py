@@ -1,0 +1,451 @@
+"""ESAM and SAM: the phases of Algorithm 1, and nothing numerical."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Adadelta, Optimizer
+
+from esam_kernels import ops
+from esam_kernels.perturbation import StochasticWeightPerturbation
+from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected
+from esam_kernels.training_modes import RandomState, frozen_batch_norm
+
+# What state_dict() holds beside the base optimizer's own state.
+_SAVED = ("seed", "step", "beta", "gamma", "mask", "radius", "eta", "eps")
+
+
+class ESAM(Optimizer):
+    r"""Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) around any torch optimizer.
+
+    One step on a batch B (Algorithm 1):
+
+    .. math::
+        e &= \frac{\rho}{\beta}\, m \odot \frac{T_w^2 g}{\lVert T_w g \rVert + \epsilon},
+             \qquad g = \nabla_w L_B(w), \quad m_i \sim \mathrm{Bern}(\beta) \\
+        B^+ &= \text{the } \gamma \lvert B \rvert \text{ samples with the largest }
+             \ell(w + e) - \ell(w) \\
+        w &\leftarrow \text{base update of } w \text{ with } \nabla_w L_{B^+}(w + e)
+
+    Args:
+        params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ by group.
+        base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
+        rho: radius of the perturbation, >= 0.
+        beta: share of the weights that are perturbed, in (0, 1].
+        gamma: share of the batch that the second pass uses, in (0, 1].
+        adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
+        eta: see ``adaptive``.
+        mask: "tensor" draws whole parameter tensors, and the gradients of the others are not computed in the first pass
+            (appendix A.4); "element" draws single weights (Eq. 5).
+        radius: with mask="tensor", "paper" scales so that E[e] is SAM's perturbation, "released" so that
+            \|\|e\|\| = rho / beta, as the authors' code does.
+        eps: keeps the division finite. Not the base optimizer's: one that needs another eps is given as an instance.
+        seed: of the draws. The same seed draws the same on every device and backend.
+        model: given, its BatchNorm statistics move in the first forward of a step only.
+        backend: "reference", "native", "triton" or "cuda"; None: the fastest that the device has.
+        flatten: move the parameters into flat buffers; None: where they are plain dense tensors on one device.
+        base_kwargs: what ``base_optimizer`` takes beside the parameters.
+
+    ``beta``, ``gamma`` and each group's ``rho`` may be set between steps. ``replay_noise`` (True) makes ``step`` repeat
+    the first forward's random numbers in the forward that measures the rise of the losses.
+
+    Raises:
+        ValueError, TypeError: arguments outside these ranges, a base optimizer over other parameters, or one that
+            cannot be wrapped (LBFGS, Adadelta). Nothing is changed then.
+        RuntimeError: a backend that is not available here.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] | Optimizer,
+        *,
+        rho: float = 0.05,
+        beta: float = 0.6,
+        gamma: float = 0.5,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        mask: str = "tensor",
+        radius: str = "paper",
+        eps: float = 1e-12,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        backend: str | None = None,
+        flatten: bool | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        self.gamma = gamma
+        self.replay_noise = True
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        base = _build_base(params, base_optimizer, base_kwargs)
+        added = [_group_defaults(group, rho, adaptive) for group in base.param_groups]
+        groups = [{**group, **missing} for group, missing in zip(base.param_groups, added)]
+        self._perturbation = StochasticWeightPerturbation(
+            groups,
+            beta=beta,
+            eta=eta,
+            mask=mask,
+            radius=radius,
+            eps=eps,
+            seed=seed,
+            backend=backend,
+            flatten=flatten,
+        )
+        for group, missing in zip(base.param_groups, added):
+            group.update(missing)
+        self._model = model
+        self._batch_norm = contextlib.ExitStack()
+        self._is_perturbed = False
+        self._used_gradients: list[tuple[Tensor, int]] = []
+        self.base_optimizer = base
+        self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
+        super().__setstate__({})  # the hooks that torch gives to every optimizer
+        self._perturbation.use_groups(base.param_groups)
+
+    # -- what a torch optimizer has ------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own groups."""
+        return self.base_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @property
+    def beta(self) -> float:
+        """Share of the weights that are perturbed; may be set between steps."""
+        return self._perturbation.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._perturbation.beta = check_share("beta", value)
+
+    @property
+    def gamma(self) -> float:
+        """Share of the batch that the second pass uses; may be set between steps."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._gamma = check_share("gamma", value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, as for any torch optimizer.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``.
+        """
+        self._require(perturbed=False, call="add_param_group")
+        missing = _group_defaults(param_group, self.defaults["rho"], self.defaults["adaptive"])
+        self.base_optimizer.add_param_group({**param_group, **missing})
+        self._perturbation.track(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's ``state_dict``, with seed, step and hyperparameters under "esam".
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
+        """
+        self._require(perturbed=False, call="state_dict")
+        perturbation = self._perturbation
+        saved = {name: self._gamma if name == "gamma" else getattr(perturbation, name) for name in _SAVED}
+        return {**self.base_optimizer.state_dict(), "esam": saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, or the state of a plain torch optimizer of the base's kind.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``.
+            ValueError: groups of other sizes, or hyperparameters out of range. Nothing is changed then.
+        """
+        self._require(perturbed=False, call="load_state_dict")
+        saved = state_dict.get("esam", {})
+        unknown = set(saved) - set(_SAVED)
+        if unknown:
+            raise ValueError(f"the state holds unknown ESAM entries: {sorted(unknown)}")
+        for name in {"beta", "gamma"} & set(saved):
+            check_share(name, saved[name])
+        own = [{name: group[name] for name in ("rho", "adaptive")} for group in self.param_groups]
+        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "esam"})
+        for group, values in zip(self.param_groups, own):
+            for name, value in values.items():
+                group.setdefault(name, value)
+        for name, value in saved.items():
+            setattr(self if name == "gamma" else self._perturbation, name, value)
+        self._perturbation.use_groups(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require(perturbed=False, call="copying or pickling")
+        kept = ("base_optimizer", "defaults", "_perturbation", "_model", "_gamma", "replay_noise")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._batch_norm = contextlib.ExitStack()
+        self._is_perturbed = False
+        self._used_gradients = []
+
+    # -- Algorithm 1, phase by phase -----------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Pass 1: the gradients of ``loss``, of the parameters that SWP drew for this step and of no others.
+
+        Args:
+            loss: one number, the mean loss of the batch.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``.
+            ValueError: a loss that is not one number.
+        """
+        self._require(perturbed=False, call="backward")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"backward takes the mean loss, one number, got {shape}")
+        drawn = [self._perturbation.params[i] for i in self._perturbation.drawn()]
+        if not drawn:
+            raise RuntimeError("no parameter requires a gradient: nothing can be trained")
+        loss.backward(inputs=drawn)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e, from the gradients in ``.grad``. Freezes the BatchNorm statistics of ``model``.
+
+        If the gradient's norm is zero or not finite, e = 0; that is decided on the device.
+
+        Args:
+            zero_grad: drop the gradients (set them to None). The old weights may then be kept in their memory.
+
+        Raises:
+            RuntimeError: a second ``first_step`` without ``second_step`` or ``restore``, no gradients, or sparse ones.
+            ValueError: a group's rho that is negative or not finite. Nothing is changed then.
+        """
+        self._require(perturbed=False, call="first_step")
+        self._used_gradients = []
+        self._perturbation.perturb(gradients_are_free=zero_grad)
+        self._is_perturbed = True
+        if zero_grad:
+            self.zero_grad(set_to_none=True)
+        if self._model is not None:
+            self._batch_norm.enter_context(frozen_batch_norm(self._model))
+
+    def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+        """B+: the gamma share of the batch whose losses rise most (Eq. 6). With gamma = 1 the batch itself.
+
+        Args:
+            loss_before: losses per sample at w, shape (b,).
+            loss_after: losses per sample at w + e, shape (b,).
+            tensors: the batch, tensors or pytrees of tensors with the samples in front.
+
+        Returns:
+            The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
+
+        Raises:
+            ValueError: losses that are not one number a sample, or sizes that differ.
+        """
+        samples = batch_size(tensors)
+        check_losses(loss_before, samples, "loss_before")
+        check_losses(loss_after, samples, "loss_after")
+        k = num_selected(self.gamma, samples)
+        if k == samples:
+            return tensors[0] if len(tensors) == 1 else tensors
+        backend = self._perturbation.backend
+        return gather(ops.select(loss_before.detach(), loss_after.detach(), k, backend=backend), *tensors)
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """w + e -> w, then the base optimizer's update with the gradients in ``.grad``.
+
+        Args:
+            zero_grad: drop the gradients afterwards (set them to None).
+
+        Raises:
+            RuntimeError: no ``first_step`` before.
+        """
+        self._require(perturbed=True, call="second_step")
+        self._leave_perturbed()
+        self._perturbation.restore_and_update(self.base_optimizer)
+        self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
+        if zero_grad:
+            self.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
+        if self._is_perturbed:
+            self._leave_perturbed()
+            self._perturbation.restore()
+
+    def step(self, closure: Callable[..., Any] | None = None, *batch: Any) -> Any:  # type: ignore[override]
+        """One whole step.
+
+        ``step(losses, *batch)`` is Algorithm 1: ``losses(*batch)`` returns one loss per sample, shape (b,), and is
+        called on the batch, again on it under ``no_grad`` with the weights perturbed (unless gamma = 1), and on B+.
+        Gradients that are there before are dropped; those of the last pass stay in ``.grad``.
+
+        ``step(closure)`` takes a closure that computes loss and gradients, as torch's optimizers do, and calls it
+        before and after the perturbation. Where new gradients are there already (the convention of the common two-step
+        SAM class), it is called after it only. Losses per sample are not seen, so gamma has no part in it.
+
+        If the closure raises, the weights are restored first.
+
+        Returns:
+            The mean loss at w, detached; for ``step(closure)`` what the closure returned first.
+
+        Raises:
+            RuntimeError: no closure, or within another step.
+            ValueError: an empty batch, samples of different number, or losses that are not one number a sample.
+        """
+        if not callable(closure):
+            raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
+        self._require(perturbed=False, call="step")
+        with torch.enable_grad():
+            try:
+                return self._step_on_batch(closure, *batch) if batch else self._step_with_closure(closure)
+            except BaseException:
+                self.restore()
+                raise
+
+    def _step_on_batch(self, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
+        samples = batch_size(batch)
+        self.zero_grad(set_to_none=True)
+        noise = RandomState(param.device for param in self._perturbation.params[:1]) if self.replay_noise else None
+
+        loss_before = losses(*batch)
+        check_losses(loss_before, samples)
+        loss = loss_before.mean()
+        self.backward(loss)
+        self.first_step(zero_grad=True)
+
+        if num_selected(self.gamma, samples) < samples:
+            with torch.no_grad(), noise.replay() if noise else contextlib.nullcontext():
+                loss_after = losses(*batch)
+            selected = self.select(loss_before, loss_after, *batch)
+            batch = selected if len(batch) > 1 else (selected,)
+
+        loss_selected = losses(*batch)
+        check_losses(loss_selected, batch_size(batch))
+        loss_selected.mean().backward()
+        self.second_step()
+        return loss.detach()
+
+    def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
+        loss = None if self._has_new_gradients() else closure()
+        if all(param.grad is None for param in self._perturbation.params):
+            raise RuntimeError(
+                "the closure computed no gradients: it has to call loss.backward(), or the batch has to be given, "
+                "step(losses, *batch)"
+            )
+        self.first_step(zero_grad=True)
+        loss_perturbed = closure()
+        self.second_step()
+        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
+        self._used_gradients = [(grad, grad._version) for grad in grads[:1]]
+        return loss_perturbed if loss is None else loss
+
+    def _has_new_gradients(self) -> bool:
+        """Whether somebody has computed gradients since the last step left its own behind."""
+        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
+        if not grads:
+            return False
+        return not any(grads[0] is grad and grad._version == version for grad, version in self._used_gradients)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    def _require(self, *, perturbed: bool, call: str) -> None:
+        if self._is_perturbed and not perturbed:
+            raise RuntimeError(f"{call} while the weights are perturbed: second_step() or restore() has to come first")
+        if perturbed and not self._is_perturbed:
+            raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
+
+    def _leave_perturbed(self) -> None:
+        self._is_perturbed = False
+        self._batch_norm.close()
+
+
+class SAM(ESAM):
+    """Sharpness-Aware Minimization (Foret et al., 2021): ESAM with beta = gamma = 1.
+
+    Takes the place of the common two-step SAM class: the same constructor, ``first_step``, ``second_step`` and
+    ``step(closure)``.
+
+    Args:
+        params: parameters or parameter groups.
+        base_optimizer: a torch optimizer class, or an instance over the same parameters.
+        rho: radius of the perturbation, >= 0.
+        adaptive: T_w = \\|w\\| + eta instead of 1.
+        kwargs: the other arguments of :class:`ESAM` (not beta, gamma, mask, radius), and the base optimizer's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] | Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        fixed = {"beta", "gamma", "mask", "radius"} & set(kwargs)
+        if fixed:
+            raise TypeError(f"SAM has no {', '.join(sorted(fixed))}: use ESAM")
+        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)
+
+
+def _build_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
+    kind = base if inspect.isclass(base) else type(base)
+    if not issubclass(kind, Optimizer) or issubclass(kind, ESAM):
+        raise TypeError(f"base_optimizer must be a torch optimizer, a class or an instance, got {base!r}")
+    if issubclass(kind, LBFGS):
+        raise TypeError("LBFGS cannot be the base optimizer: its step evaluates the loss several times by itself")
+    if issubclass(kind, Adadelta):
+        raise TypeError("Adadelta cannot be the base optimizer: its own hyperparameter is called rho as well")
+    if not isinstance(base, Optimizer):
+        return base(params, **kwargs)
+    if kwargs:
+        raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
+    _take_over_groups(params, base)
+    return base
+
+
+def _take_over_groups(params: Any, base: Optimizer) -> None:
+    """Check that an instance is over ``params``, and copy the groups' rho and adaptive to its groups."""
+    given = [params] if isinstance(params, Tensor) else list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    listed = [_tensors(group["params"]) for group in groups]
+    held = [list(group["params"]) for group in base.param_groups]
+    if {id(p) for group in listed for p in group} != {id(p) for group in held for p in group}:
+        raise ValueError("base_optimizer is over other parameters than params")
+    special = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in groups]
+    if not any(special):
+        return
+    if [[id(p) for p in group] for group in listed] != [[id(p) for p in group] for group in held]:
+        raise ValueError("params has rho or adaptive by group, but other groups than base_optimizer")
+    for values in special:
+        _group_defaults(values, 0.0, False)
+    for group, values in zip(base.param_groups, special):
+        group.update(values)
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    """The tensors of a group, which may be one tensor or carry names."""
+    if isinstance(params, Tensor):
+        return [params]
+    listed: Iterable[Any] = list(params)
+    return [param[1] if isinstance(param, tuple) else param for param in listed]
+
+
+def _group_defaults(group: dict[str, Any], rho: float, adaptive: bool) -> dict[str, Any]:
+    """What a group lacks of rho and adaptive, both checked."""
+    values = {"rho": group.get("rho", rho), "adaptive": group.get("adaptive", adaptive)}
+    StochasticWeightPerturbation.check_rho(values["rho"])
+    if not isinstance(values["adaptive"], bool):
+        raise TypeError(f"adaptive must be True or False, got {values['adaptive']!r}")
+    return {name: value for name, value in values.items() if name not in group}

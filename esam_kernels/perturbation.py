@@ -1,0 +1,285 @@
+"""Stochastic Weight Perturbation (section 2.2): draw, norm, perturb, restore, and the update that restores on the way."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esam_kernels import ops
+from esam_kernels.backends import reference, resolve
+from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
+from esam_kernels.fused_update import can_fuse, restore_and_step
+from esam_kernels.selection import check_share
+
+MASKS = ("tensor", "element")
+RADII = ("paper", "released")
+
+# Draws of whole tensors count in a part of the Philox space that no element index reaches.
+_TENSOR_STREAM = 1 << 62
+# Steps drawn for at once: the generator's cost in Python, divided by this.
+_STEPS_PER_DRAW = 64
+_OFFSET_STEP = 4
+
+
+class StochasticWeightPerturbation:
+    """e = (rho / beta) m T(w)^2 g / (||T(w) g|| + eps), added to the weights and taken back (Eq. 4 and 5).
+
+    Args:
+        param_groups: the base optimizer's groups; each has its own ``rho`` and ``adaptive``, read at every step.
+        mask: "tensor" draws whole parameter tensors, "element" single weights.
+        radius: "paper" estimates the full gradient's norm from that of the drawn tensors, ||m g|| / sqrt(beta);
+            "released" takes ||m g|| itself, so that ||e|| = rho / beta.
+        flatten: whether the parameters are moved into flat buffers; None: where that is possible.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        *,
+        beta: float,
+        eta: float,
+        mask: str,
+        radius: str,
+        eps: float,
+        seed: int,
+        backend: str | None,
+        flatten: bool | None,
+    ) -> None:
+        if mask not in MASKS:
+            raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
+        if radius not in RADII:
+            raise ValueError(f"radius must be one of {RADII}, got {radius!r}")
+        if not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+        for name, value in (("eta", eta), ("eps", eps)):
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+        self.beta = check_share("beta", beta)
+        self.eta, self.mask, self.radius, self.eps, self.seed = eta, mask, radius, eps, seed
+        self.step = 0
+        self.backend = backend or ""
+        self.flatten = flatten
+        self.track(param_groups)
+
+    def track(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Take over the parameters of these groups, and flatten them.
+
+        Raises:
+            ValueError: parameters that are complex, not dense or partly shared, or that cannot be flattened though
+                ``flatten`` is True.
+            RuntimeError: the backend that was asked for is not available.
+        """
+        params = [param for group in param_groups for param in group["params"]]
+        for i, param in enumerate(params):
+            if param.is_complex():
+                raise ValueError(f"parameter {i} is complex ({param.dtype}): only real parameters can be perturbed")
+            if param.layout is not torch.strided or not is_dense(param):
+                raise ValueError(f"parameter {i} (shape {tuple(param.shape)}) is not dense: make it contiguous")
+            resolve(self.backend, param.device)
+        tied_to = owners(params)
+        reason = why_not_flattenable(params)
+        if self.flatten and reason is not None:
+            raise ValueError(f"flatten=True is not possible: {reason}")
+        self._param_groups = param_groups
+        self.params: list[Tensor] = params
+        self._groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
+        self._tied_to = tied_to
+        self._is_tied = tied_to != list(range(len(params)))
+        self._offsets = _element_offsets(params)
+        self._buffers = FlatBuffers(params) if self.flatten is not False and reason is None else None
+        self._words: dict[int, list[int]] = {}
+        self._perturbed: list[Tensor] = []
+        self._backups: list[Tensor] = []
+
+    def use_groups(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Read rho and adaptive from these groups from now on; their parameters are the same."""
+        self._param_groups = param_groups
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether the parameters live in flat buffers."""
+        return self._buffers is not None
+
+    # -- m: which weights are perturbed --------------------------------------------------------------------------------
+
+    @property
+    def _bound(self) -> int:
+        """A 32-bit word up to this one is a success of Bern(beta)."""
+        return max(1, round(self.beta * 2**32)) - 1
+
+    def drawn(self) -> list[int]:
+        """The parameters that take part in this step, by number: all that train, or those that SWP drew of them.
+
+        Each tensor is drawn with probability beta, from the seed, the step and its own number alone. Where none is, the
+        one that came nearest is taken.
+        """
+        trained = [i for i, param in enumerate(self.params) if param.requires_grad and param.is_floating_point()]
+        if self.mask == "element" or self.beta == 1.0:
+            return trained
+        words, bound = self._tensor_words(), self._bound
+        chosen = [i for i in trained if words[self._tied_to[i]] <= bound]
+        if trained and not chosen:
+            nearest = min((words[self._tied_to[i]], self._tied_to[i]) for i in trained)[1]
+            chosen = [i for i in trained if self._tied_to[i] == nearest]
+        return chosen
+
+    def _tensor_words(self) -> list[int]:
+        """One random 32-bit word for each parameter, for the current step."""
+        if self.step not in self._words:
+            steps = torch.arange(self.step, self.step + _STEPS_PER_DRAW, device="cpu")
+            counters = torch.arange(-(-len(self.params) // 4), device="cpu") + _TENSOR_STREAM
+            words = torch.stack(reference.philox(counters[None, :], steps[:, None], self.seed), dim=-1)
+            self._words = dict(zip(steps.tolist(), words.flatten(1).tolist()))
+        return self._words[self.step]
+
+    # -- w -> w + e ----------------------------------------------------------------------------------------------------
+
+    def perturb(self, gradients_are_free: bool) -> None:
+        """Add e to the weights that are drawn, computed from the gradients in ``.grad``.
+
+        Args:
+            gradients_are_free: the caller drops the gradients after this. Where nobody else holds one, the old weights
+                are then kept in its memory.
+
+        Raises:
+            RuntimeError: no gradients at all, or sparse ones.
+            ValueError: a group's rho that is negative or not finite.
+        """
+        scale = [self.check_rho(group["rho"]) / self.beta for group in self._param_groups]
+        gradients = self._gradients()
+        if self._buffers is not None and self._buffers.refresh():
+            self._tied_to = owners(self.params)
+        if not gradients or not any(scale):
+            return
+        device = gradients[0][1].device
+        indices = [i for i, _ in gradients]
+        params = [self.params[i] for i in indices]
+        grads = [grad for _, grad in gradients]
+        groups = [self._groups[i] for i in indices]
+        del gradients
+        adaptive = [bool(group["adaptive"]) for group in self._param_groups]
+        partials = ops.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
+        free = [gradients_are_free and _is_ours_alone(grads, j) for j in range(len(grads))]
+        backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
+        scale_tensor = torch.tensor(scale, dtype=torch.float64).to(device, non_blocking=True)
+        random_state = None
+        if self.mask == "element" and self.beta < 1.0:
+            random_state = torch.tensor([self.seed, self.step, self._bound]).to(device, non_blocking=True)
+        for ours in (True, False):
+            chosen = [j for j, is_free in enumerate(free) if is_free is ours]
+            if chosen:
+                ops.perturb_(
+                    [params[j] for j in chosen],
+                    [grads[j] for j in chosen],
+                    [] if ours else [backups[j] for j in chosen],
+                    [groups[j] for j in chosen],
+                    [self._offsets[indices[j]] for j in chosen],
+                    partials,
+                    scale_tensor,
+                    adaptive,
+                    self.eta,
+                    self._norm_factor,
+                    self.eps,
+                    random_state,
+                    backend=self.backend,
+                )
+        self._perturbed, self._backups = params, backups
+
+    @staticmethod
+    def check_rho(rho: Any) -> float:
+        """A group's radius.
+
+        Raises:
+            ValueError: negative or not finite.
+        """
+        if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0.0):
+            raise ValueError(f"rho must be finite and not negative, got {rho!r}")
+        return rho
+
+    @property
+    def _norm_factor(self) -> float:
+        estimated = self.mask == "tensor" and self.radius == "paper"
+        return 1.0 / math.sqrt(self.beta) if estimated else 1.0
+
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """The gradients of the drawn parameters, with the dtype and the strides of their parameters."""
+        found: dict[int, Tensor] = {}
+        for i in self.drawn():
+            param = self.params[i]
+            grad = param.grad
+            if grad is None or param.numel() == 0:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
+            if grad.dtype != param.dtype or grad.stride() != param.stride() or grad.requires_grad:
+                grad = torch.empty_like(param).copy_(grad.detach())
+            owner = self._tied_to[i]
+            found[owner] = found[owner] + grad if owner in found else grad
+        if not found and all(param.grad is None for param in self.params):
+            raise RuntimeError("no parameter has a gradient: call backward before first_step")
+        return list(found.items())
+
+    # -- w + e -> w ----------------------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Put the old weights back, bit for bit."""
+        if self._perturbed:
+            ops.restore_(self._perturbed, self._backups, backend=self.backend)
+        self._finish()
+
+    def restore_and_update(self, base: Optimizer) -> None:
+        """Put the old weights back and let the base optimizer take its step, in one pass where that is possible."""
+        if self._perturbed and not self._is_tied and can_fuse(base, self.backend, self.params):
+            backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
+            restore_and_step(base, backups, self._perturbed, self.backend)
+            self._finish()
+        else:
+            self.restore()
+            base.step()
+
+    def _finish(self) -> None:
+        self._perturbed, self._backups = [], []
+        self.step += 1
+
+
+def _element_offsets(params: Sequence[Tensor]) -> list[int]:
+    """The number of each parameter's first weight in the whole model, rounded up to whole Philox counters."""
+    offsets, position = [], 0
+    for param in params:
+        offsets.append(position)
+        position += -(-param.numel() // _OFFSET_STEP) * _OFFSET_STEP
+    return offsets
+
+
+def _holders(tensors: list[Tensor], i: int) -> tuple[int, int, int]:
+    """How many hold the tensor in Python, in C++, and its memory."""
+    storage = tensors[i].untyped_storage()
+    return sys.getrefcount(tensors[i]), tensors[i]._use_count(), torch._C._storage_Use_Count(storage._cdata)
+
+
+def _is_ours_alone(grads: list[Tensor], i: int) -> bool:
+    """Whether nobody but the parameter (and ``grads``) holds this gradient, so that its memory may be reused.
+
+    No: the views that DistributedDataParallel makes into its buckets, and gradients that the user has kept.
+    """
+    if _holders(grads, i) != _HOLDERS_OF_A_FRESH_GRADIENT:
+        return False
+    return not grads[i].requires_grad and grads[i].untyped_storage().nbytes() == grads[i].nbytes
+
+
+def _holders_of_a_fresh_gradient() -> tuple[int, int, int]:
+    # Counted, not known: how many references Python and torch hold themselves differs from version to version.
+    with torch.enable_grad(), torch.inference_mode(False):
+        param = torch.zeros(1, requires_grad=True, device="cpu")
+        (param * 2.0).sum().backward()
+    grads = [grad for grad in (param.grad,) if grad is not None]
+    return _holders(grads, 0)
+
+
+_HOLDERS_OF_A_FRESH_GRADIENT = _holders_of_a_fresh_gradient()

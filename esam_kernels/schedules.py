@@ -1,0 +1,166 @@
+"""Schedulers for rho, beta and gamma, in the shape of ``torch.optim.lr_scheduler``.
+
+Each sets its value when it is built and at every ``step()``, and has ``state_dict`` and ``load_state_dict``. Call
+``step()`` where the learning rate's scheduler is called: after the optimizer's step, once a batch or once an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from esam_kernels.optimizer import ESAM
+from esam_kernels.perturbation import StochasticWeightPerturbation
+from esam_kernels.selection import check_share
+
+__all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "RhoProportionalToLR", "Schedule"]
+
+_NAMES = ("rho", "beta", "gamma")
+
+
+class Schedule:
+    """The base of all: counts the steps in ``last_epoch`` and sets ``name`` to ``value()``.
+
+    Args:
+        optimizer: whose hyperparameter it is.
+        name: "rho" (of every group), "beta" or "gamma".
+
+    Raises:
+        TypeError: ``optimizer`` is no ESAM or SAM.
+        ValueError: another name, or values outside the hyperparameter's range.
+    """
+
+    def __init__(self, optimizer: ESAM, name: str) -> None:
+        if not isinstance(optimizer, ESAM):
+            raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
+        if name not in _NAMES:
+            raise ValueError(f"name must be one of {_NAMES}, got {name!r}")
+        self.optimizer = optimizer
+        self.name = name
+        self.last_epoch = 0
+        self._apply()
+
+    def value(self) -> float:
+        """The hyperparameter at ``last_epoch``."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Count one step, and set the hyperparameter."""
+        self.last_epoch += 1
+        self._apply()
+
+    def get_last_value(self) -> float:
+        """What was set last."""
+        return self._last_value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer."""
+        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, and set the hyperparameter accordingly."""
+        self.__dict__.update(state_dict)
+        self._apply()
+
+    def _apply(self) -> None:
+        self._last_value = self.value()
+        if self.name == "rho":
+            for group in self.optimizer.param_groups:
+                group["rho"] = self._last_value
+        else:
+            setattr(self.optimizer, self.name, self._last_value)
+
+    def _check(self, value: float) -> float:
+        return StochasticWeightPerturbation.check_rho(value) if self.name == "rho" else check_share(self.name, value)
+
+
+class ConstantSchedule(Schedule):
+    """``value`` for ``total_iters`` steps, then ``end``: a hard switch (gamma = 1 at first, say).
+
+    Args:
+        value: at first.
+        end: afterwards; None keeps ``value`` for good.
+        total_iters: after how many steps it changes.
+    """
+
+    def __init__(
+        self, optimizer: ESAM, name: str, value: float, end: float | None = None, total_iters: int = 0
+    ) -> None:
+        _check_total(total_iters, 0)
+        self.start, self.end, self.total_iters = value, value if end is None else end, total_iters
+        self.name = name
+        _check_range(self, self.start, self.end)
+        super().__init__(optimizer, name)
+
+    def value(self) -> float:
+        """``value``, then ``end``."""
+        return self.start if self.last_epoch < self.total_iters else self.end
+
+
+class LinearSchedule(Schedule):
+    """From ``start`` to ``end`` in a straight line over ``total_iters`` steps, ``end`` from then on.
+
+    ``LinearSchedule(optimizer, "gamma", 1.0, 0.5, total_iters=steps // 2)`` is the warm-up that data selection needs
+    under label noise: it starts with the whole batch.
+
+    Args:
+        start: at the beginning.
+        end: after ``total_iters`` steps.
+        total_iters: how many steps the change takes, >= 1.
+    """
+
+    def __init__(self, optimizer: ESAM, name: str, start: float, end: float, total_iters: int) -> None:
+        _check_total(total_iters, 1)
+        self.start, self.end, self.total_iters = start, end, total_iters
+        self.name = name
+        _check_range(self, start, end)
+        super().__init__(optimizer, name)
+
+    def value(self) -> float:
+        """The point of the line."""
+        return self.start + (self.end - self.start) * self._share_of_change()
+
+    def _share_of_change(self) -> float:
+        return min(self.last_epoch / self.total_iters, 1.0)
+
+
+class CosineSchedule(LinearSchedule):
+    """As :class:`LinearSchedule`, along half a cosine: slow at both ends."""
+
+    def _share_of_change(self) -> float:
+        return (1.0 - math.cos(math.pi * super()._share_of_change())) / 2.0
+
+
+class RhoProportionalToLR(Schedule):
+    """rho = rho_0 lr / lr_0 in each group: the radius follows the learning rate, whatever schedules that.
+
+    rho_0 and lr_0 are the group's values when this is built. Call ``step()`` after the learning rate's scheduler.
+    """
+
+    def __init__(self, optimizer: ESAM) -> None:
+        if not isinstance(optimizer, ESAM):
+            raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if not all(rate > 0.0 for rate in rates):
+            raise ValueError(f"rho can only follow learning rates that start above 0, got {rates}")
+        self.ratios = [group["rho"] / rate for group, rate in zip(optimizer.param_groups, rates)]
+        super().__init__(optimizer, "rho")
+
+    def value(self) -> float:
+        """rho of the first group."""
+        return self.ratios[0] * float(self.optimizer.param_groups[0]["lr"])
+
+    def _apply(self) -> None:
+        self._last_value = self.value()
+        for group, ratio in zip(self.optimizer.param_groups, self.ratios):
+            group["rho"] = ratio * float(group["lr"])
+
+
+def _check_total(total_iters: int, least: int) -> None:
+    if not isinstance(total_iters, int) or total_iters < least:
+        raise ValueError(f"total_iters must be an integer >= {least}, got {total_iters!r}")
+
+
+def _check_range(schedule: Schedule, *values: float) -> None:
+    for value in values:
+        schedule._check(value)

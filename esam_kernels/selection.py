@@ -1,0 +1,186 @@
+"""Sharpness-sensitive Data Selection (section 2.3): losses per sample, the choice of B+, and its gathering."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from esam_kernels import ops
+
+__all__ = ["batch_size", "check_losses", "cross_entropy", "gather", "num_selected", "select"]
+
+_PASSED_THROUGH = (type(None), bool, int, float, str)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
+    r"""Cross-entropy of each sample, as ``torch.nn.functional.cross_entropy(..., reduction="none")`` defines it.
+
+    .. math:: \ell_i = -\sum_c q_{ic} \log \mathrm{softmax}(x_i)_c, \qquad q = (1 - \epsilon)\, p + \epsilon / C
+
+    Args:
+        logits: floating point, in one of the layouts
+
+            * (b, C): one prediction a sample;
+            * (b, C, d1, ...): torch's layout, with target (b, d1, ...);
+            * (b, T, ..., C): classes last, with target (b, T, ...). Where both layouts fit, torch's is meant.
+        target: class indices, any integer dtype; or class probabilities, floating point, of the shape of ``logits``
+            and with torch's layout.
+        label_smoothing: epsilon, in [0, 1].
+        ignore_index: positions with this target count neither in the loss nor in the gradient.
+
+    Returns:
+        losses, shape (b,), float32 (float64 for float64 logits). Of a sample with several positions it is the mean over
+        those that are not ignored, and 0 where all are.
+
+    Raises:
+        ValueError: shapes or dtypes that fit none of the layouts, or label_smoothing outside [0, 1].
+        IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
+
+    Differentiable with respect to ``logits``, twice.
+    """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not logits.is_floating_point() or logits.dim() < 2:
+        raise ValueError(f"logits must be floating point (b, C, ...), got {logits.dtype} {tuple(logits.shape)}")
+    if target.requires_grad:
+        raise ValueError("target requires grad: only the logits are differentiated; detach the target")
+    dim = _class_dimension(logits, target)
+    classes, samples = logits.shape[dim], logits.shape[0]
+    if classes == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} have no classes")
+    rows = logits.movedim(dim, -1).reshape(-1, classes)
+    if target.is_floating_point():
+        labels = target.movedim(dim, -1).reshape(-1, classes)
+    else:
+        labels = target.reshape(-1).to(torch.int64)
+    losses = ops.cross_entropy(rows, labels, label_smoothing, ignore_index)
+    if logits.dim() == 2:
+        return losses
+    losses = losses.reshape(samples, -1)
+    if target.is_floating_point():
+        return losses.mean(dim=1)
+    counted = (labels != ignore_index).reshape(samples, -1).sum(dim=1)
+    return losses.sum(dim=1) / counted.clamp(min=1)
+
+
+def _class_dimension(logits: Tensor, target: Tensor) -> int:
+    shape = tuple(logits.shape)
+    if target.is_floating_point():
+        if tuple(target.shape) == shape:
+            return 1
+    elif not (target.is_complex() or target.dtype == torch.bool):
+        if tuple(target.shape) == shape[:1] + shape[2:]:
+            return 1
+        if tuple(target.shape) == shape[:-1]:
+            return -1
+    raise ValueError(
+        f"target ({target.dtype}, shape {tuple(target.shape)}) does not fit logits of shape {shape}: it must hold class "
+        f"indices of shape {shape[:1] + shape[2:]} or {shape[:-1]}, or class probabilities of shape {shape}"
+    )
+
+
+def check_losses(losses: Any, samples: int | None = None, name: str = "the closure's losses") -> None:
+    """Refuse what is not one loss per sample.
+
+    Raises:
+        ValueError: not a floating-point tensor of shape (b,), or of another b than ``samples``.
+    """
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"{name} must be one floating-point number per sample, shape (b,), got {got}: "
+            'use esam_kernels.cross_entropy, or reduction="none"'
+        )
+    if samples is not None and losses.shape[0] != samples:
+        raise ValueError(f"{name} hold {losses.shape[0]} samples, the batch {samples}")
+
+
+def num_selected(gamma: float, samples: int) -> int:
+    """k = max(1, round(gamma b)), the size of B+. Known before any kernel runs."""
+    return max(1, round(gamma * samples))
+
+
+def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
+    """The k samples whose loss rises most under the perturbation: B+ of Eq. 6.
+
+    Args:
+        loss_before: l(f_w, x_i, y_i), floating point, shape (b,).
+        loss_after: l(f_{w+e}, x_i, y_i), floating point, shape (b,).
+        k: how many, 1 to b.
+
+    Returns:
+        int64 indices, shape (k,), ascending. Ties go to the lower index, NaN ranks last, -0.0 equals 0.0. Nothing waits
+        for the device.
+
+    Raises:
+        ValueError: losses of other shapes, of different sizes, or a k outside [1, b].
+    """
+    indices: Tensor = ops.select(loss_before.detach(), loss_after.detach(), k)
+    return indices
+
+
+def gather(indices: Tensor, *tensors: Any) -> Any:
+    """The samples ``indices`` of each of ``tensors``.
+
+    Args:
+        indices: int64, shape (k,).
+        tensors: tensors with the batch in front, or pytrees (dicts, lists, tuples) of such, of any dtype. Numbers,
+            strings and None inside them stay as they are.
+
+    Returns:
+        As many as were given, as a tuple; one is returned as it is, not in a tuple. Memory formats are kept
+        (channels_last, for one). Differentiable with respect to the tensors.
+
+    Raises:
+        ValueError: tensors with different numbers of samples, or without a batch dimension.
+        TypeError: something else that cannot be indexed by sample.
+    """
+    batch_size(tensors)
+    leaves, structure = pytree.tree_flatten(tensors)
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for i, rows in zip(positions, ops.gather_rows([leaves[i] for i in positions], indices)):
+        leaves[i] = rows
+    gathered = pytree.tree_unflatten(leaves, structure)
+    return gathered[0] if len(gathered) == 1 else gathered
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples, which all tensors of the pytree ``batch`` agree on.
+
+    Raises:
+        ValueError: an empty batch, no tensors, a tensor without a batch dimension, or sizes that differ.
+        TypeError: a leaf that is neither a tensor nor a number, a string or None.
+    """
+    sizes = []
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            if leaf.dim() == 0:
+                raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")
+            sizes.append(leaf.shape[0])
+        elif not isinstance(leaf, _PASSED_THROUGH):
+            raise TypeError(
+                f"the batch holds a {type(leaf).__name__}: give tensors, or dicts, lists and tuples of tensors "
+                "(a mapping of another type can be turned into a dict)"
+            )
+    if not sizes:
+        raise ValueError("the batch holds no tensors")
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the tensors of the batch have different numbers of samples: {sizes}")
+    if sizes[0] == 0:
+        raise ValueError("the batch is empty")
+    return sizes[0]
+
+
+def check_share(name: str, value: Any) -> float:
+    """A share such as beta or gamma.
+
+    Raises:
+        ValueError: not in (0, 1].
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0.0 < value <= 1.0) or math.isnan(value):
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+    return float(value)
