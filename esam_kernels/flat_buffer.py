@@ -6,6 +6,7 @@ boundary, so that kernels read and write 128 bits at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,7 @@ def owners(params: Sequence[Tensor]) -> list[int]:
         for i in set(result)
         if params[i].numel()
     )
-    overlaps = [(i, j) for (a, _, end, i), (b, start, _, j) in zip(spans, spans[1:]) if a == b and start < end]
+    overlaps = [(i, j) for (a, _, end, i), (b, start, _, j) in itertools.pairwise(spans) if a == b and start < end]
     overlaps += [(owner, i) for i, owner in enumerate(result) if params[i].nbytes != params[owner].nbytes]
     if overlaps:
         i, j = overlaps[0]

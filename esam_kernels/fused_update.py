@@ -42,19 +42,22 @@ def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
     if group["differentiable"] or any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
         return False
     for param in group["params"]:
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             continue
-        tensors = [grad] + [value for name, value in base.state[param].items() if name in _LIKE_PARAMETER]
-        if any(
-            tensor is not None
-            and (tensor.layout, tensor.dtype, tensor.device) != (param.layout, param.dtype, param.device)
-            or tensor is not None
-            and tensor.stride() != param.stride()
-            for tensor in tensors
-        ):
+        state = base.state[param]
+        tensors = [param.grad, *(state[name] for name in _LIKE_PARAMETER if state.get(name) is not None)]
+        if not all(_lies_like(tensor, param) for tensor in tensors):
             return False
     return True
+
+
+def _lies_like(tensor: Tensor, param: Tensor) -> bool:
+    return (
+        tensor.layout == param.layout
+        and tensor.dtype == param.dtype
+        and tensor.device == param.device
+        and tensor.stride() == param.stride()
+    )
 
 
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

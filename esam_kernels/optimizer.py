@@ -33,7 +33,8 @@ class ESAM(Optimizer):
         w &\leftarrow \text{base update of } w \text{ with } \nabla_w L_{B^+}(w + e)
 
     Args:
-        params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ by group.
+        params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
+            by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
         rho: radius of the perturbation, >= 0.
         beta: share of the weights that are perturbed, in (0, 1].
@@ -418,7 +419,7 @@ def _build_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str
 def _take_over_groups(params: Any, base: Optimizer) -> None:
     """Check that an instance is over ``params``, and copy the groups' rho and adaptive to its groups."""
     given = [params] if isinstance(params, Tensor) else list(params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
     listed = [_tensors(group["params"]) for group in groups]
     held = [list(group["params"]) for group in base.param_groups]
     if {id(p) for group in listed for p in group} != {id(p) for group in held for p in group}:

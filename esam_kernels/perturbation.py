@@ -1,4 +1,4 @@
-"""Stochastic Weight Perturbation (section 2.2): draw, norm, perturb, restore, and the update that restores on the way."""
+"""Stochastic Weight Perturbation (section 2.2): draw, norm, perturb, restore."""
 
 from __future__ import annotations
 
@@ -257,10 +257,10 @@ def _element_offsets(params: Sequence[Tensor]) -> list[int]:
     return offsets
 
 
-def _holders(tensors: list[Tensor], i: int) -> tuple[int, int, int]:
-    """How many hold the tensor in Python, in C++, and its memory."""
+def _holders(tensors: list[Tensor], i: int) -> tuple[int, int]:
+    """How many hold the tensor in Python, and how many its memory."""
     storage = tensors[i].untyped_storage()
-    return sys.getrefcount(tensors[i]), tensors[i]._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(tensors[i]), torch._C._storage_Use_Count(storage._cdata)
 
 
 def _is_ours_alone(grads: list[Tensor], i: int) -> bool:
@@ -273,7 +273,7 @@ def _is_ours_alone(grads: list[Tensor], i: int) -> bool:
     return not grads[i].requires_grad and grads[i].untyped_storage().nbytes() == grads[i].nbytes
 
 
-def _holders_of_a_fresh_gradient() -> tuple[int, int, int]:
+def _holders_of_a_fresh_gradient() -> tuple[int, int]:
     # Counted, not known: how many references Python and torch hold themselves differs from version to version.
     with torch.enable_grad(), torch.inference_mode(False):
         param = torch.zeros(1, requires_grad=True, device="cpu")

@@ -78,8 +78,8 @@ def _class_dimension(logits: Tensor, target: Tensor) -> int:
         if tuple(target.shape) == shape[:-1]:
             return -1
     raise ValueError(
-        f"target ({target.dtype}, shape {tuple(target.shape)}) does not fit logits of shape {shape}: it must hold class "
-        f"indices of shape {shape[:1] + shape[2:]} or {shape[:-1]}, or class probabilities of shape {shape}"
+        f"target ({target.dtype}, shape {tuple(target.shape)}) does not fit logits of shape {shape}: it must "
+        f"hold class indices of shape {shape[:1] + shape[2:]} or {shape[:-1]}, or class probabilities of shape {shape}"
     )
 
 

@@ -237,7 +237,7 @@ def cross_entropy_backward(
     classes = x.shape[1]
     if target.dtype == torch.int64:
         kept = target != ignore_index
-        q = F.one_hot(target.where(kept, 0), classes).to(x.dtype)
+        q = torch.zeros_like(x).scatter_(1, target.where(kept, 0)[:, None], 1.0)
     else:
         kept = torch.ones((), dtype=torch.bool, device=x.device)
         q = target.to(x.dtype)
