@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 NUM_PARTIALS = 1024
 
@@ -148,7 +150,7 @@ def restore_sgd_(
     """w <- backup, then ``torch.optim.SGD``'s update. ``first``: the momentum buffers are yet to be written."""
     restore_(params, backups)
     buffers: list[Tensor | None] = [None] * len(params) if first else list(momentum_buffers)
-    torch.optim.sgd.sgd(
+    sgd(
         list(params),
         list(grads),
         buffers,
@@ -185,7 +187,7 @@ def restore_adam_(
 ) -> None:
     """w <- backup, then the update of ``torch.optim.Adam`` (or AdamW, with ``decoupled_weight_decay``)."""
     restore_(params, backups)
-    torch.optim.adam.adam(
+    adam(
         list(params),
         list(grads),
         list(exp_avgs),

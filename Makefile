@@ -1,0 +1,46 @@
+# make train | test | lint      sets up .venv and runs; nothing else has to be done first.
+# ... VENV=none PYTHON=python3  uses an environment that has torch already, and installs nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS = -q --disable-pip-version-check --no-input
+
+ifeq ($(VENV),none)
+RUN = PYTHONPATH=$(CURDIR) $(PYTHON)
+READY =
+else
+RUN = $(VENV)/bin/python
+READY = $(VENV)/ready
+endif
+
+.PHONY: train test lint format codegen bench doctor clean
+
+train: $(READY)
+	$(RUN) examples/train.py $(ARGS)
+
+test: $(READY)
+	$(RUN) python_tests/run_tiers.py $(TIERS)
+
+lint: $(READY)
+	$(RUN) python_tests/lint.py
+
+format: $(READY)
+	$(RUN) python_tests/lint.py --fix
+
+# Rewrites benchmarks/codegen_summary.json: what each Triton kernel compiles to. Needs no GPU.
+codegen: $(READY)
+	$(RUN) benchmarks/codegen.py
+
+doctor: $(READY)
+	$(RUN) -m esam_kernels doctor
+
+# torch comes first, pinned: the extension is compiled against it.
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch setuptools wheel ninja pybind11
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[examples,dev]'
+	touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	find esam_kernels -name '_native*.so' -delete

@@ -1,0 +1,110 @@
+"""Runs every test tier that this machine can run, each in a process of its own, and names those that it could not.
+
+python python_tests/run_tiers.py [TIER ...]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def always() -> str | None:
+    return None
+
+
+def needs(package: str) -> Callable[[], str | None]:
+    def reason() -> str | None:
+        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+    return reason
+
+
+def needs_native() -> str | None:
+    import torch
+
+    from esam_kernels.backends import unavailable
+
+    return unavailable("native", torch.device("cpu"))
+
+
+def needs_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+@dataclass
+class Tier:
+    name: str
+    reason: Callable[[], str | None] = always
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+TIERS = [
+    Tier("reference", environment={"ESAM_KERNELS_BACKEND": "reference"}),
+    Tier("interpret", needs("triton"), {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}),
+    Tier("codegen", needs("triton")),
+    Tier("native", needs_native),
+    Tier("examples"),
+    Tier("gpu", needs_gpu),
+]
+
+
+def run(tier: Tier) -> tuple[bool, dict[str, int]]:
+    """Run one tier: whether it passed, and how many tests ended in which way."""
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "python_tests" / tier.name)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **tier.environment}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line if line.strip() else last
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    return process.wait() == 0 and counts.get("passed", 0) > 0, counts
+
+
+def main() -> int:
+    sys.path.insert(0, str(ROOT))
+    names = sys.argv[1:] or [tier.name for tier in TIERS]
+    unknown = set(names) - {tier.name for tier in TIERS}
+    if unknown:
+        print(f"unknown tiers: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    total = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    lines, not_run = [], []
+    succeeded = True
+    for tier in (tier for tier in TIERS if tier.name in names):
+        reason = tier.reason()
+        if reason is not None:
+            not_run.append(f"  {tier.name:<12}{reason}")
+            continue
+        print(f"\n== {tier.name} ==", flush=True)
+        start = time.monotonic()
+        passed, counts = run(tier)
+        succeeded &= passed
+        counts["failed"] = counts.get("failed", 0) + counts.pop("error", 0)
+        for kind in total:
+            total[kind] += counts.get(kind, 0)
+        summary = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+        lines.append(f"  {tier.name:<12}{'ok' if passed else 'FAILED'}: {summary} ({time.monotonic() - start:.0f} s)")
+    print("\n== tiers ==\n" + "\n".join(lines))
+    if not_run:
+        print("not run on this machine:\n" + "\n".join(not_run))
+    print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 0 if succeeded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
