@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Adadelta, Optimizer
 
 from esam_kernels import ops
 from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected
+from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected, split
 from esam_kernels.training_modes import RandomState, frozen_batch_norm
 
 # What state_dict() holds beside the base optimizer's own state.
@@ -285,12 +285,20 @@ class ESAM(Optimizer):
             self._leave_perturbed()
             self._perturbation.restore()
 
-    def step(self, closure: Callable[..., Any] | None = None, *batch: Any) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[..., Any] | None = None,
+        *batch: Any,
+        micro_batch: int | None = None,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Any:
         """One whole step.
 
         ``step(losses, *batch)`` is Algorithm 1: ``losses(*batch)`` returns one loss per sample, shape (b,), and is
         called on the batch, again on it under ``no_grad`` with the weights perturbed (unless gamma = 1), and on B+.
-        Gradients that are there before are dropped; those of the last pass stay in ``.grad``.
+        It may return a tuple, (losses, anything else). Gradients that are there before are dropped; those of the last
+        pass stay in ``.grad``.
 
         ``step(closure)`` takes a closure that computes loss and gradients, as torch's optimizers do, and calls it
         before and after the perturbation. Where new gradients are there already (the convention of the common two-step
@@ -298,8 +306,18 @@ class ESAM(Optimizer):
 
         If the closure raises, the weights are restored first.
 
+        Args:
+            closure: see above.
+            batch: tensors or pytrees of tensors with the samples in front.
+            micro_batch: at most so many samples at a time, each part with its own perturbation and its own B+
+                (m-sharpness); the gradients of the second passes add up to that of the mean over all B+.
+            max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does.
+            scaler: scales the losses, and takes the base optimizer's step or skips it. ``scaler.update()`` remains the
+                caller's. The first gradient needs no unscaling: e does not depend on its length.
+
         Returns:
-            The mean loss at w, detached; for ``step(closure)`` what the closure returned first.
+            The mean loss at w, detached, and what else the closure returned for it, (loss, rest), if it returned more
+            (with ``micro_batch``: a list of one for each part). For ``step(closure)`` what the closure returned first.
 
         Raises:
             RuntimeError: no closure, or within another step.
@@ -308,35 +326,84 @@ class ESAM(Optimizer):
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         self._require(perturbed=False, call="step")
+        if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
+            raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
         with torch.enable_grad():
             try:
-                return self._step_on_batch(closure, *batch) if batch else self._step_with_closure(closure)
+                if not batch:
+                    return self._step_with_closure(closure)
+                return self._step_on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
             except BaseException:
                 self.restore()
                 raise
 
-    def _step_on_batch(self, losses: Callable[..., Tensor], *batch: Any) -> Tensor:
+    def _step_on_batch(
+        self,
+        losses: Callable[..., Any],
+        batch: tuple[Any, ...],
+        micro_batch: int | None,
+        max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Any:
         samples = batch_size(batch)
-        self.zero_grad(set_to_none=True)
+        parts = split(batch, micro_batch)
+        selected = sum(num_selected(self.gamma, batch_size(part)) for part in parts)
+        results = []
+        summed: list[Tensor | None] = [None] * len(self._perturbation.params)
+        for number, part in enumerate(parts, start=1):
+            self.zero_grad(set_to_none=True)
+            results.append(self._two_passes(losses, part, summed, selected, scaler))
+            if number < len(parts):
+                summed = [param.grad for param in self._perturbation.params]
+                self.restore()
+        if scaler is None:
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self._perturbation.params, max_grad_norm)
+            self.second_step()
+        else:
+            self.restore()
+            if max_grad_norm is not None:
+                scaler.unscale_(self.base_optimizer)
+                nn.utils.clip_grad_norm_(self._perturbation.params, max_grad_norm)
+            scaler.step(self.base_optimizer)
+        loss = torch.stack([loss * batch_size(part) for (loss, _), part in zip(results, parts)]).sum() / samples
+        if len(parts) == 1:
+            loss = results[0][0]
+        rest = [extra for _, extra in results if extra is not None]
+        if not rest:
+            return loss
+        return loss, rest if micro_batch is not None else rest[0]
+
+    def _two_passes(
+        self,
+        losses: Callable[..., Any],
+        batch: tuple[Any, ...],
+        summed: list[Tensor | None],
+        selected_in_all: int,
+        scaler: torch.amp.GradScaler | None,
+    ) -> tuple[Tensor, Any]:
+        """Both passes over ``batch``; the gradients of the second are added to ``summed``, and w is left at w + e."""
+        scale = scaler.scale if scaler is not None else _unscaled
+        samples = batch_size(batch)
         noise = RandomState(param.device for param in self._perturbation.params[:1]) if self.replay_noise else None
 
-        loss_before = losses(*batch)
-        check_losses(loss_before, samples)
+        loss_before, rest = _losses_and_rest(losses(*batch), samples)
         loss = loss_before.mean()
-        self.backward(loss)
+        self.backward(scale(loss))
         self.first_step(zero_grad=True)
 
-        if num_selected(self.gamma, samples) < samples:
+        k = num_selected(self.gamma, samples)
+        if k < samples:
             with torch.no_grad(), noise.replay() if noise else contextlib.nullcontext():
-                loss_after = losses(*batch)
-            selected = self.select(loss_before, loss_after, *batch)
-            batch = selected if len(batch) > 1 else (selected,)
+                loss_after, _ = _losses_and_rest(losses(*batch), samples)
+            chosen = self.select(loss_before, loss_after, *batch)
+            batch = chosen if len(batch) > 1 else (chosen,)
 
-        loss_selected = losses(*batch)
-        check_losses(loss_selected, batch_size(batch))
-        loss_selected.mean().backward()
-        self.second_step()
-        return loss.detach()
+        loss_selected, _ = _losses_and_rest(losses(*batch), k)
+        for param, grad in zip(self._perturbation.params, summed):
+            param.grad = grad
+        scale(loss_selected.mean() * (k / selected_in_all)).backward()
+        return loss.detach(), rest
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         loss = None if self._has_new_gradients() else closure()
@@ -398,6 +465,20 @@ class SAM(ESAM):
         if fixed:
             raise TypeError(f"SAM has no {', '.join(sorted(fixed))}: use ESAM")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
+    """What a closure returned: the losses, checked, and the rest of a tuple (None if there is none)."""
+    losses, rest = returned, None
+    if isinstance(returned, tuple) and returned:
+        losses, *others = returned
+        rest = others[0] if len(others) == 1 else tuple(others)
+    check_losses(losses, samples)
+    return losses, rest
 
 
 def _build_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:

@@ -175,6 +175,25 @@ def batch_size(batch: Any) -> int:
     return sizes[0]
 
 
+def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ...]]:
+    """The batch in parts of at most ``micro_batch`` samples, in order; None: in one part.
+
+    Raises:
+        ValueError: ``micro_batch`` is no positive integer.
+    """
+    if micro_batch is None:
+        return [batch]
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
+    samples = batch_size(batch)
+
+    def part(first: int) -> tuple[Any, ...]:
+        stop = min(first + micro_batch, samples)
+        return pytree.tree_map(lambda leaf: leaf[first:stop] if isinstance(leaf, Tensor) else leaf, batch)
+
+    return [part(first) for first in range(0, samples, micro_batch)]
+
+
 def check_share(name: str, value: Any) -> float:
     """A share such as beta or gamma.
 
