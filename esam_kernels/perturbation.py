@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from esam_kernels import ops
 from esam_kernels.backends import reference, resolve
+from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
 from esam_kernels.fused_update import can_fuse, restore_and_step
 from esam_kernels.selection import check_share
@@ -93,6 +94,8 @@ class StochasticWeightPerturbation:
         self._is_tied = tied_to != list(range(len(params)))
         self._offsets = _element_offsets(params)
         self._buffers = FlatBuffers(params) if self.flatten is not False and reason is None else None
+        self._scale = DeviceNumbers(torch.float64)
+        self._random_state = DeviceNumbers(torch.int64)
         self._words: dict[int, list[int]] = {}
         self._perturbed: list[Tensor] = []
         self._backups: list[Tensor] = []
@@ -151,13 +154,14 @@ class StochasticWeightPerturbation:
             RuntimeError: no gradients at all, or sparse ones.
             ValueError: a group's rho that is negative or not finite.
         """
-        scale = [self.check_rho(group["rho"]) / self.beta for group in self._param_groups]
+        radii = [self.check_rho(group["rho"]) for group in self._param_groups]
         gradients = self._gradients()
         if self._buffers is not None and self._buffers.refresh():
             self._tied_to = owners(self.params)
-        if not gradients or not any(scale):
+        if not gradients or not any(radii):
             return
-        device = gradients[0][1].device
+        if not is_capturing():
+            self.upload()
         indices = [i for i, _ in gradients]
         params = [self.params[i] for i in indices]
         grads = [grad for _, grad in gradients]
@@ -167,10 +171,6 @@ class StochasticWeightPerturbation:
         partials = ops.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
         free = [gradients_are_free and _is_ours_alone(grads, j) for j in range(len(grads))]
         backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
-        scale_tensor = torch.tensor(scale, dtype=torch.float64).to(device, non_blocking=True)
-        random_state = None
-        if self.mask == "element" and self.beta < 1.0:
-            random_state = torch.tensor([self.seed, self.step, self._bound]).to(device, non_blocking=True)
         for ours in (True, False):
             chosen = [j for j, is_free in enumerate(free) if is_free is ours]
             if chosen:
@@ -181,15 +181,21 @@ class StochasticWeightPerturbation:
                     [groups[j] for j in chosen],
                     [self._offsets[indices[j]] for j in chosen],
                     partials,
-                    scale_tensor,
+                    self._scale.tensor,
                     adaptive,
                     self.eta,
                     self._norm_factor,
                     self.eps,
-                    random_state,
+                    self._random_state.tensor if self.mask == "element" and self.beta < 1.0 else None,
                     backend=self.backend,
                 )
         self._perturbed, self._backups = params, backups
+
+    def upload(self) -> None:
+        """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state."""
+        device = self.params[0].device
+        self._scale.set([group["rho"] / self.beta for group in self._param_groups], device)
+        self._random_state.set([self.seed, self.step, self._bound], device)
 
     @staticmethod
     def check_rho(rho: Any) -> float:
