@@ -1,0 +1,312 @@
+"""Tables through which one launch walks over many tensors, and how a kernel reads and writes their blocks.
+
+A streaming kernel sees lists of dense tensors as two int64 tables: the addresses (a row for each list), and the
+layout, which says where each tensor is cut into blocks. Addresses of gradients change often and the layout does not,
+so they are cached apart. A program takes every ``tl.num_programs(0)``-th block.
+
+A block that lies inside its tensor, with all its pointers 16-byte aligned, is read and written in 128-bit accesses
+without a mask. Everything else (tails, views such as ``t[1:]``) is masked exactly and accessed element by element, in
+pieces of MASKED_BLOCK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esam_kernels.backends.reference import NUM_PARTIALS
+
+NUM_WARPS = 4
+MASKED_BLOCK = tl.constexpr(512)  # elements: small, so that the masked path does not cost the other one registers
+BLOCK_BYTES = 8192  # four 128-bit accesses a thread and list: enough in flight at half occupancy to fill HBM3
+MAX_PROGRAMS = NUM_PARTIALS  # about eight programs a multiprocessor on H100 and B200; a slot of the norm for each
+TABLES_KEPT = 256  # a few KiB each
+
+# Rows of the address table.
+ALIGNMENT = tl.constexpr(0)
+FIRST_LIST = tl.constexpr(1)
+
+# Rows of the layout in front of the block list.
+NUMEL = tl.constexpr(0)
+OFFSET = tl.constexpr(1)
+GROUP = tl.constexpr(2)
+ADAPTIVE = tl.constexpr(3)
+LAYOUT_ROWS = tl.constexpr(4)
+
+# Rounding is torch's, operation by operation: products and sums are fused only where torch fuses them.
+LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+# -- On the host -------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """What a streaming kernel needs to find its blocks, in the order of its first four arguments."""
+
+    addresses: Tensor
+    layout: Tensor
+    num_tensors: int
+    num_blocks: int
+
+
+def buckets(params: Sequence[Tensor]) -> list[tuple[torch.device, torch.dtype, list[int]]]:
+    """The positions of the tensors of each device and dtype, in the order in which these first appear."""
+    positions: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, param in enumerate(params):
+        positions.setdefault((param.device, param.dtype), []).append(i)
+    return [(device, dtype, indices) for (device, dtype), indices in positions.items()]
+
+
+def pick(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    return values if len(values) == len(indices) else [values[i] for i in indices]
+
+
+def block_size(dtype: torch.dtype) -> int:
+    return BLOCK_BYTES // dtype.itemsize
+
+
+def table(
+    lists: Sequence[Sequence[Tensor]],
+    *,
+    offsets: Sequence[int] = (),
+    groups: Sequence[int] = (),
+    adaptive: Sequence[bool] = (),
+    scalars: Sequence[int] = (),
+) -> Table:
+    """The table of parallel lists of tensors, all of one device and dtype.
+
+    ``offsets``, ``groups`` and ``adaptive`` hold one number a tensor, or nothing where the kernel reads none.
+    ``scalars`` are addresses of one number a tensor: a row after those of the lists.
+    """
+    params = lists[0]
+    device = params[0].device
+    addresses = tuple([tensor.data_ptr() for tensors in lists for tensor in tensors])
+    numels = tuple([param.numel() for param in params])
+    block = block_size(params[0].dtype)
+    where = (device, _stream(device), len(params))
+    address_key = (*where, addresses, tuple(scalars))
+    layout_key = (*where, block, numels, tuple(offsets), tuple(groups), tuple(adaptive))
+    if _capturing(device):
+        # A graph reads its tables at every replay: they must neither be shared with eager code nor ever be freed.
+        uploaded, layout = _addresses.__wrapped__(*address_key), _layout.__wrapped__(*layout_key)
+        _captured.extend((uploaded, layout))
+    else:
+        uploaded, layout = _addresses(*address_key), _layout(*layout_key)
+    num_blocks = (len(layout) - LAYOUT_ROWS.value * len(params)) // 2
+    return Table(uploaded, layout, len(params), num_blocks)
+
+
+@functools.lru_cache(maxsize=TABLES_KEPT)
+def _addresses(
+    device: torch.device, stream: int, num_tensors: int, addresses: tuple[int, ...], scalars: tuple[int, ...]
+) -> Tensor:
+    """Row ALIGNMENT, the bitwise or of each tensor's addresses; then a row for each list, and one of ``scalars``."""
+    rows = torch.tensor(addresses + scalars, dtype=torch.int64).view(-1, num_tensors)
+    alignment = functools.reduce(torch.bitwise_or, rows[: len(addresses) // num_tensors])
+    return upload(torch.cat((alignment, rows.flatten())), device)
+
+
+@functools.lru_cache(maxsize=TABLES_KEPT)
+def _layout(
+    device: torch.device,
+    stream: int,
+    num_tensors: int,
+    block: int,
+    numels: tuple[int, ...],
+    offsets: tuple[int, ...],
+    groups: tuple[int, ...],
+    adaptive: tuple[bool, ...],
+) -> Tensor:
+    """Rows NUMEL, OFFSET, GROUP, ADAPTIVE; then the tensor of each block; then where it starts in that tensor."""
+    rows = torch.zeros(LAYOUT_ROWS.value, num_tensors, dtype=torch.int64)
+    for row, values in ((NUMEL, numels), (OFFSET, offsets), (GROUP, groups), (ADAPTIVE, adaptive)):
+        if values:
+            rows[row.value] = torch.tensor(values, dtype=torch.int64)
+    counts = (rows[NUMEL.value] + block - 1) // block
+    tensors = torch.arange(num_tensors).repeat_interleave(counts)
+    starts = (torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]) * block
+    return upload(torch.cat((rows.flatten(), tensors, starts)), device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``device``, made without waiting for it, also inside the capture of a CUDA graph."""
+    if device.type != "cuda":
+        return values.to(device)
+    if not _capturing(device):
+        _reserve_staging()
+        return values.pin_memory().to(device, non_blocking=True)
+    staging = _captured_staging(values.numel(), values.dtype)
+    staging.copy_(values)
+    return staging.to(device, non_blocking=True)
+
+
+_captured: list[Any] = []
+_staging: list[Tensor] = []
+STAGING_BYTES = 1 << 20  # the tables of several captured steps of a large model
+
+
+def _reserve_staging() -> None:
+    """Pinned memory for captures to come: allocating it inside one is not allowed by every version of torch."""
+    if not _staging:
+        _staging.append(torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True))
+
+
+def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
+    """Pinned memory that is never used again: replays of the graph read it."""
+    size = -(-numel * dtype.itemsize // 16) * 16
+    if _staging and size <= _staging[0].numel():
+        taken, _staging[0] = _staging[0][:size], _staging[0][size:]
+        staging = taken[: numel * dtype.itemsize].view(dtype)
+    else:
+        staging = torch.empty(numel, dtype=dtype, pin_memory=True)
+    _captured.append(staging)
+    return staging
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    """A table that one stream uploads may not have arrived where another stream reads it: one for each."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it ``device``."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def stream_over(kernel: Any, blocks: Table, device: torch.device, *arguments: Any, programs: int = 0) -> None:
+    """Launch a streaming kernel over the blocks of a table, on at most MAX_PROGRAMS programs, at least ``programs``."""
+    grid = max(min(blocks.num_blocks, MAX_PROGRAMS), programs)
+    if grid > 0:
+        with on(device):
+            kernel[(grid,)](*blocks, *arguments, **LAUNCH_OPTIONS)
+
+
+# -- In a kernel -------------------------------------------------------------------------------------------------------
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def block_at(addresses_ptr, layout_ptr, num_tensors, num_blocks, block, BLOCK: tl.constexpr):
+    """The tensor of a block, where the block starts in it, the tensor's length, and whether the block is vectorized."""
+    blocks_ptr = layout_ptr + LAYOUT_ROWS * num_tensors
+    tensor = tl.load(blocks_ptr + block)
+    start = tl.load(blocks_ptr + num_blocks + block)
+    numel = tl.load(layout_ptr + NUMEL * num_tensors + tensor)
+    alignment = tl.load(addresses_ptr + ALIGNMENT * num_tensors + tensor)
+    return tensor, start, numel, (start + BLOCK <= numel) & (alignment % 16 == 0)
+
+
+@triton.jit
+def tile_pointers(
+    addresses_ptr,
+    num_tensors,
+    LIST: tl.constexpr,
+    start,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+):
+    """Pointers to a block of one tensor in list LIST; ``addresses_ptr`` stands at that tensor's column."""
+    pointer = tl.load(addresses_ptr + (FIRST_LIST + LIST) * num_tensors).to(tl.pointer_type(DTYPE))
+    if VECTORIZED:
+        pointer = tl.multiple_of(pointer, 16)
+    # the compiler sees the alignment of a product, and loses that of an argument
+    return pointer + start // BLOCK * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_tile(
+    addresses_ptr,
+    num_tensors,
+    LIST: tl.constexpr,
+    start,
+    numel,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+):
+    """The elements of a block, 0 past the end of the tensor."""
+    pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
+    if VECTORIZED:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=tl.arange(0, BLOCK) < numel - start, other=0)
+    return x
+
+
+@triton.jit
+def store_tile(
+    addresses_ptr,
+    num_tensors,
+    LIST: tl.constexpr,
+    x,
+    start,
+    numel,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+):
+    pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
+    if VECTORIZED:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=tl.arange(0, BLOCK) < numel - start)
+
+
+@triton.jit
+def widen(x, COMPUTE: tl.constexpr):
+    """A tile in the dtype that it is computed in. The interpreter's own conversion loses subnormal bfloat16."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """A tile in the dtype that it is stored in, rounded to nearest even. The interpreter would truncate to bfloat16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """What is left of a tile after torch has stored it in DTYPE between two of its operations."""
+    return widen(narrow(x, DTYPE), x.dtype)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once. The interpreter would round twice."""
+    if INTERPRETED and z.dtype == tl.float32:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
+def float64(x):
+    """A float64 argument, which the interpreter hands over as a Python number."""
+    return tl.full((), x, tl.float64)
