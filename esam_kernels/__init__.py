@@ -1,6 +1,7 @@
 """Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) for PyTorch, as fused kernels."""
 
 from esam_kernels import ops, schedules
+from esam_kernels.graphs import make_graphed_step
 from esam_kernels.optimizer import ESAM, SAM
 from esam_kernels.selection import cross_entropy, gather, select
 from esam_kernels.training_modes import RandomState, frozen_batch_norm
@@ -14,6 +15,7 @@ __all__ = [
     "cross_entropy",
     "frozen_batch_norm",
     "gather",
+    "make_graphed_step",
     "ops",
     "schedules",
     "select",

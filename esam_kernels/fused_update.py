@@ -63,17 +63,27 @@ def _lies_like(tensor: Tensor, param: Tensor) -> bool:
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def restore_and_step(base: Optimizer, backups: dict[int, Tensor], perturbed: Sequence[Tensor], backend: str) -> None:
-    """The update of ``base`` from the saved weights ``backups`` (by the ``id`` of the parameter)."""
+def restore_and_step(
+    base: Optimizer,
+    backups: dict[int, Tensor],
+    perturbed: Sequence[Tensor],
+    backend: str,
+    lr_tensors: Sequence[Tensor] | None = None,
+) -> None:
+    """The update of ``base`` from the saved weights ``backups`` (by the ``id`` of the parameter).
+
+    ``lr_tensors`` hold the learning rates of the groups, in place of their ``lr``.
+    """
     without = [param for param in perturbed if param.grad is None]
     with torch.no_grad():
         if without:
             ops.restore_(without, [backups[id(param)] for param in without], backend=backend)
-        for group in base.param_groups:
+        for number, group in enumerate(base.param_groups):
             params = [param for param in group["params"] if param.grad is not None and param.numel()]
             if params:
                 saved = [backups.get(id(param), param) for param in params]
-                _STEPS[type(base)](base, group, params, saved, backend)
+                lr = group["lr"] if lr_tensors is None else lr_tensors[number]
+                _STEPS[type(base)](base, {**group, "lr": lr}, params, saved, backend)
     # What torch's LR schedulers look at to warn about a missing optimizer.step().
     base._opt_called = True  # type: ignore[attr-defined]
 

@@ -103,6 +103,7 @@ class ESAM(Optimizer):
         self._model = model
         self._batch_norm = contextlib.ExitStack()
         self._is_perturbed = False
+        self._remember_noise: Callable[[], Any] = self._random_state
         self._used_gradients: list[tuple[Tensor, int]] = []
         self.base_optimizer = base
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
@@ -193,6 +194,7 @@ class ESAM(Optimizer):
         super().__setstate__(state)
         self._batch_norm = contextlib.ExitStack()
         self._is_perturbed = False
+        self._remember_noise = self._random_state
         self._used_gradients = []
 
     # -- Algorithm 1, phase by phase -----------------------------------------------------------------------------------
@@ -385,7 +387,7 @@ class ESAM(Optimizer):
         """Both passes over ``batch``; the gradients of the second are added to ``summed``, and w is left at w + e."""
         scale = scaler.scale if scaler is not None else _unscaled
         samples = batch_size(batch)
-        noise = RandomState(param.device for param in self._perturbation.params[:1]) if self.replay_noise else None
+        noise = self._remember_noise() if self.replay_noise else None
 
         loss_before, rest = _losses_and_rest(losses(*batch), samples)
         loss = loss_before.mean()
@@ -404,6 +406,9 @@ class ESAM(Optimizer):
             param.grad = grad
         scale(loss_selected.mean() * (k / selected_in_all)).backward()
         return loss.detach(), rest
+
+    def _random_state(self) -> RandomState:
+        return RandomState(param.device for param in self._perturbation.params[:1])
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         loss = None if self._has_new_gradients() else closure()
@@ -433,6 +438,12 @@ class ESAM(Optimizer):
             raise RuntimeError(f"{call} while the weights are perturbed: second_step() or restore() has to come first")
         if perturbed and not self._is_perturbed:
             raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
+
+    def _abandon(self) -> None:
+        """Forget a step of which nothing was computed."""
+        if self._is_perturbed:
+            self._leave_perturbed()
+            self._perturbation.forget()
 
     def _leave_perturbed(self) -> None:
         self._is_perturbed = False

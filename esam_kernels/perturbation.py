@@ -66,6 +66,10 @@ class StochasticWeightPerturbation:
         self.step = 0
         self.backend = backend or ""
         self.flatten = flatten
+        # Set by a captured step: draws of whole tensors repeat after so many steps.
+        self.draw_pool: int | None = None
+        # Set by a captured step: the learning rate of each group, to be read on the device.
+        self.lr_tensors: list[Tensor] | None = None
         self.track(param_groups)
 
     def track(self, param_groups: Sequence[dict[str, Any]]) -> None:
@@ -96,7 +100,7 @@ class StochasticWeightPerturbation:
         self._buffers = FlatBuffers(params) if self.flatten is not False and reason is None else None
         self._scale = DeviceNumbers(torch.float64)
         self._random_state = DeviceNumbers(torch.int64)
-        self._words: dict[int, list[int]] = {}
+        self._words: dict[tuple[int, int], list[int]] = {}
         self._perturbed: list[Tensor] = []
         self._backups: list[Tensor] = []
 
@@ -134,12 +138,13 @@ class StochasticWeightPerturbation:
 
     def _tensor_words(self) -> list[int]:
         """One random 32-bit word for each parameter, for the current step."""
-        if self.step not in self._words:
-            steps = torch.arange(self.step, self.step + _STEPS_PER_DRAW, device="cpu")
+        step = self.step % self.draw_pool if self.draw_pool else self.step
+        if (self.seed, step) not in self._words:
+            steps = torch.arange(step, step + _STEPS_PER_DRAW, device="cpu")
             counters = torch.arange(-(-len(self.params) // 4), device="cpu") + _TENSOR_STREAM
             words = torch.stack(reference.philox(counters[None, :], steps[:, None], self.seed), dim=-1)
-            self._words = dict(zip(steps.tolist(), words.flatten(1).tolist()))
-        return self._words[self.step]
+            self._words = {(self.seed, each): row for each, row in zip(steps.tolist(), words.flatten(1).tolist())}
+        return self._words[self.seed, step]
 
     # -- w -> w + e ----------------------------------------------------------------------------------------------------
 
@@ -243,14 +248,18 @@ class StochasticWeightPerturbation:
         """Put the old weights back and let the base optimizer take its step, in one pass where that is possible."""
         if self._perturbed and not self._is_tied and can_fuse(base, self.backend, self.params):
             backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
-            restore_and_step(base, backups, self._perturbed, self.backend)
+            restore_and_step(base, backups, self._perturbed, self.backend, self.lr_tensors)
             self._finish()
         else:
             self.restore()
             base.step()
 
-    def _finish(self) -> None:
+    def forget(self) -> None:
+        """Drop the saved weights without putting them back."""
         self._perturbed, self._backups = [], []
+
+    def _finish(self) -> None:
+        self.forget()
         self.step += 1
 
 
