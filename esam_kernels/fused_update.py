@@ -44,7 +44,7 @@ def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
     for param in group["params"]:
         if param.grad is None:
             continue
-        state = base.state[param]
+        state = base.state.get(param, {})
         tensors = [param.grad, *(state[name] for name in _LIKE_PARAMETER if state.get(name) is not None)]
         if not all(_lies_like(tensor, param) for tensor in tensors):
             return False

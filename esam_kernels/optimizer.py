@@ -84,8 +84,11 @@ class ESAM(Optimizer):
         self.replay_noise = True
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        base = _build_base(params, base_optimizer, base_kwargs)
-        added = [_group_defaults(group, rho, adaptive) for group in base.param_groups]
+        base, own = _build_base(params, base_optimizer, base_kwargs)
+        added = [
+            {**values, **_group_defaults({**group, **values}, rho, adaptive)}
+            for group, values in zip(base.param_groups, own)
+        ]
         groups = [{**group, **missing} for group, missing in zip(base.param_groups, added)]
         self._perturbation = StochasticWeightPerturbation(
             groups,
@@ -104,6 +107,7 @@ class ESAM(Optimizer):
         self._batch_norm = contextlib.ExitStack()
         self._is_perturbed = False
         self._remember_noise: Callable[[], Any] = self._random_state
+        self._ran_backward = False
         self._used_gradients: list[tuple[Tensor, int]] = []
         self.base_optimizer = base
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
@@ -140,16 +144,27 @@ class ESAM(Optimizer):
     def gamma(self, value: float) -> None:
         self._gamma = check_share("gamma", value)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            self._remember_used_gradients()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer, as for any torch optimizer.
 
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``.
+            ValueError, TypeError: parameters that cannot be perturbed. Nothing is changed then.
         """
         self._require(perturbed=False, call="add_param_group")
         missing = _group_defaults(param_group, self.defaults["rho"], self.defaults["adaptive"])
         self.base_optimizer.add_param_group({**param_group, **missing})
-        self._perturbation.track(self.param_groups)
+        try:
+            self._perturbation.track(self.param_groups)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base optimizer's ``state_dict``, with seed, step and hyperparameters under "esam".
@@ -174,8 +189,11 @@ class ESAM(Optimizer):
         unknown = set(saved) - set(_SAVED)
         if unknown:
             raise ValueError(f"the state holds unknown ESAM entries: {sorted(unknown)}")
-        for name in {"beta", "gamma"} & set(saved):
-            check_share(name, saved[name])
+        if "gamma" in saved:
+            check_share("gamma", saved["gamma"])
+        self._perturbation.check({name: value for name, value in saved.items() if name != "gamma"})
+        for group in state_dict["param_groups"]:
+            _group_defaults(group, 0.0, False)
         own = [{name: group[name] for name in ("rho", "adaptive")} for group in self.param_groups]
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "esam"})
         for group, values in zip(self.param_groups, own):
@@ -195,6 +213,7 @@ class ESAM(Optimizer):
         self._batch_norm = contextlib.ExitStack()
         self._is_perturbed = False
         self._remember_noise = self._random_state
+        self._ran_backward = False
         self._used_gradients = []
 
     # -- Algorithm 1, phase by phase -----------------------------------------------------------------------------------
@@ -217,6 +236,7 @@ class ESAM(Optimizer):
         if not drawn:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
         loss.backward(inputs=drawn)
+        self._ran_backward = True
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -232,9 +252,11 @@ class ESAM(Optimizer):
             ValueError: a group's rho that is negative or not finite. Nothing is changed then.
         """
         self._require(perturbed=False, call="first_step")
-        self._used_gradients = []
-        self._perturbation.perturb(gradients_are_free=zero_grad)
+        self._perturbation.perturb(gradients_are_free=zero_grad, may_lack_gradients=self._ran_backward)
         self._is_perturbed = True
+        self._ran_backward = False
+        self._used_gradients = []
+        torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad(set_to_none=True)
         if self._model is not None:
@@ -276,9 +298,11 @@ class ESAM(Optimizer):
         self._require(perturbed=True, call="second_step")
         self._leave_perturbed()
         self._perturbation.restore_and_update(self.base_optimizer)
+        torch.clear_autocast_cache()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
         if zero_grad:
             self.zero_grad(set_to_none=True)
+        self._remember_used_gradients()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -286,6 +310,7 @@ class ESAM(Optimizer):
         if self._is_perturbed:
             self._leave_perturbed()
             self._perturbation.restore()
+            torch.clear_autocast_cache()
 
     def step(  # type: ignore[override]
         self,
@@ -368,6 +393,7 @@ class ESAM(Optimizer):
                 scaler.unscale_(self.base_optimizer)
                 nn.utils.clip_grad_norm_(self._perturbation.params, max_grad_norm)
             scaler.step(self.base_optimizer)
+            self._remember_used_gradients()
         loss = torch.stack([loss * batch_size(part) for (loss, _), part in zip(results, parts)]).sum() / samples
         if len(parts) == 1:
             loss = results[0][0]
@@ -420,9 +446,11 @@ class ESAM(Optimizer):
         self.first_step(zero_grad=True)
         loss_perturbed = closure()
         self.second_step()
+        return loss_perturbed if loss is None else loss
+
+    def _remember_used_gradients(self) -> None:
         grads = [param.grad for param in self._perturbation.params if param.grad is not None]
         self._used_gradients = [(grad, grad._version) for grad in grads[:1]]
-        return loss_perturbed if loss is None else loss
 
     def _has_new_gradients(self) -> bool:
         """Whether somebody has computed gradients since the last step left its own behind."""
@@ -492,7 +520,10 @@ def _losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
     return losses, rest
 
 
-def _build_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
+def _build_base(
+    params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]
+) -> tuple[Optimizer, list[dict[str, Any]]]:
+    """The base optimizer, and for each of its groups the rho and adaptive that ``params`` gives it."""
     kind = base if inspect.isclass(base) else type(base)
     if not issubclass(kind, Optimizer) or issubclass(kind, ESAM):
         raise TypeError(f"base_optimizer must be a torch optimizer, a class or an instance, got {base!r}")
@@ -501,15 +532,15 @@ def _build_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str
     if issubclass(kind, Adadelta):
         raise TypeError("Adadelta cannot be the base optimizer: its own hyperparameter is called rho as well")
     if not isinstance(base, Optimizer):
-        return base(params, **kwargs)
+        built = base(params, **kwargs)
+        return built, [{} for _ in built.param_groups]
     if kwargs:
         raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
-    _take_over_groups(params, base)
-    return base
+    return base, _values_by_group(params, base)
 
 
-def _take_over_groups(params: Any, base: Optimizer) -> None:
-    """Check that an instance is over ``params``, and copy the groups' rho and adaptive to its groups."""
+def _values_by_group(params: Any, base: Optimizer) -> list[dict[str, Any]]:
+    """Check that an instance is over ``params``; the rho and adaptive that these give to its groups."""
     given = [params] if isinstance(params, Tensor) else list(params)
     groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
     listed = [_tensors(group["params"]) for group in groups]
@@ -518,13 +549,10 @@ def _take_over_groups(params: Any, base: Optimizer) -> None:
         raise ValueError("base_optimizer is over other parameters than params")
     special = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in groups]
     if not any(special):
-        return
+        return [{} for _ in held]
     if [[id(p) for p in group] for group in listed] != [[id(p) for p in group] for group in held]:
         raise ValueError("params has rho or adaptive by group, but other groups than base_optimizer")
-    for values in special:
-        _group_defaults(values, 0.0, False)
-    for group, values in zip(base.param_groups, special):
-        group.update(values)
+    return special
 
 
 def _tensors(params: Any) -> list[Tensor]:

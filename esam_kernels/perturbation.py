@@ -20,6 +20,7 @@ from esam_kernels.selection import check_share
 
 MASKS = ("tensor", "element")
 RADII = ("paper", "released")
+_CHOICES = {"mask": MASKS, "radius": RADII}
 
 # Draws of whole tensors count in a part of the Philox space that no element index reaches.
 _TENSOR_STREAM = 1 << 62
@@ -52,16 +53,8 @@ class StochasticWeightPerturbation:
         backend: str | None,
         flatten: bool | None,
     ) -> None:
-        if mask not in MASKS:
-            raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
-        if radius not in RADII:
-            raise ValueError(f"radius must be one of {RADII}, got {radius!r}")
-        if not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
-        for name, value in (("eta", eta), ("eps", eps)):
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-        self.beta = check_share("beta", beta)
+        self.check({"beta": beta, "eta": eta, "mask": mask, "radius": radius, "eps": eps, "seed": seed})
+        self.beta = float(beta)
         self.eta, self.mask, self.radius, self.eps, self.seed = eta, mask, radius, eps, seed
         self.step = 0
         self.backend = backend or ""
@@ -71,6 +64,25 @@ class StochasticWeightPerturbation:
         # Set by a captured step: the learning rate of each group, to be read on the device.
         self.lr_tensors: list[Tensor] | None = None
         self.track(param_groups)
+
+    @staticmethod
+    def check(values: dict[str, Any]) -> None:
+        """Refuse hyperparameters, by name, that are out of range.
+
+        Raises:
+            ValueError: with the name, what is allowed, and the value.
+        """
+        for name, value in values.items():
+            if name == "beta":
+                check_share(name, value)
+            elif name in _CHOICES:
+                if value not in _CHOICES[name]:
+                    raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+            elif name in ("seed", "step"):
+                if not (isinstance(value, int) and 0 <= value < 2**63):
+                    raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
+            elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
     def track(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Take over the parameters of these groups, and flatten them.
@@ -87,15 +99,14 @@ class StochasticWeightPerturbation:
             if param.layout is not torch.strided or not is_dense(param):
                 raise ValueError(f"parameter {i} (shape {tuple(param.shape)}) is not dense: make it contiguous")
             resolve(self.backend, param.device)
-        tied_to = owners(params)
+        owners(params)
         reason = why_not_flattenable(params)
         if self.flatten and reason is not None:
             raise ValueError(f"flatten=True is not possible: {reason}")
         self._param_groups = param_groups
         self.params: list[Tensor] = params
         self._groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
-        self._tied_to = tied_to
-        self._is_tied = tied_to != list(range(len(params)))
+        self._find_ties()
         self._offsets = _element_offsets(params)
         self._buffers = FlatBuffers(params) if self.flatten is not False and reason is None else None
         self._scale = DeviceNumbers(torch.float64)
@@ -103,6 +114,10 @@ class StochasticWeightPerturbation:
         self._words: dict[tuple[int, int], list[int]] = {}
         self._perturbed: list[Tensor] = []
         self._backups: list[Tensor] = []
+
+    def _find_ties(self) -> None:
+        self._tied_to = owners(self.params)
+        self._is_tied = self._tied_to != list(range(len(self.params)))
 
     def use_groups(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Read rho and adaptive from these groups from now on; their parameters are the same."""
@@ -148,21 +163,24 @@ class StochasticWeightPerturbation:
 
     # -- w -> w + e ----------------------------------------------------------------------------------------------------
 
-    def perturb(self, gradients_are_free: bool) -> None:
+    def perturb(self, gradients_are_free: bool, may_lack_gradients: bool = False) -> None:
         """Add e to the weights that are drawn, computed from the gradients in ``.grad``.
 
         Args:
             gradients_are_free: the caller drops the gradients after this. Where nobody else holds one, the old weights
                 are then kept in its memory.
+            may_lack_gradients: no gradient at all is no error: none of the drawn parameters has a part in the loss.
 
         Raises:
             RuntimeError: no gradients at all, or sparse ones.
             ValueError: a group's rho that is negative or not finite.
         """
         radii = [self.check_rho(group["rho"]) for group in self._param_groups]
-        gradients = self._gradients()
         if self._buffers is not None and self._buffers.refresh():
-            self._tied_to = owners(self.params)
+            self._find_ties()
+        gradients = self._gradients()
+        if not (gradients or may_lack_gradients) and all(param.grad is None for param in self.params):
+            raise RuntimeError("no parameter has a gradient: call backward before first_step")
         if not gradients or not any(radii):
             return
         if not is_capturing():
@@ -220,20 +238,21 @@ class StochasticWeightPerturbation:
 
     def _gradients(self) -> list[tuple[int, Tensor]]:
         """The gradients of the drawn parameters, with the dtype and the strides of their parameters."""
+        for i, param in enumerate(self.params):
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise RuntimeError(f"parameter {i} has a sparse gradient ({param.grad.layout}), which is not supported")
         found: dict[int, Tensor] = {}
         for i in self.drawn():
             param = self.params[i]
             grad = param.grad
             if grad is None or param.numel() == 0:
                 continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
             if grad.dtype != param.dtype or grad.stride() != param.stride() or grad.requires_grad:
                 grad = torch.empty_like(param).copy_(grad.detach())
             owner = self._tied_to[i]
+            if owner != i:  # of the same memory, if perhaps of another shape
+                grad = grad.as_strided(self.params[owner].size(), self.params[owner].stride())
             found[owner] = found[owner] + grad if owner in found else grad
-        if not found and all(param.grad is None for param in self.params):
-            raise RuntimeError("no parameter has a gradient: call backward before first_step")
         return list(found.items())
 
     # -- w + e -> w ----------------------------------------------------------------------------------------------------

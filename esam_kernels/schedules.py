@@ -118,6 +118,8 @@ class LinearSchedule(Schedule):
 
     def value(self) -> float:
         """The point of the line."""
+        if self.last_epoch >= self.total_iters:
+            return self.end
         return self.start + (self.end - self.start) * self._share_of_change()
 
     def _share_of_change(self) -> float:
