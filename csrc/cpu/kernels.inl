@@ -1,0 +1,42 @@
+// Every kernel, compiled for the instruction set that the including file selected.
+// ESAM_ISA names it; ESAM_VECTOR_BYTES is the width of its registers. Standard headers come before the target pragma,
+// so that nothing they define is compiled for an instruction set that the machine may lack.
+
+namespace esam::cpu {
+namespace ESAM_ISA {
+namespace {
+
+constexpr int kVectorBytes = ESAM_VECTOR_BYTES;
+
+#include "half.inl"
+
+#include "philox.inl"
+
+#include "norm.inl"
+
+#include "perturb.inl"
+
+#include "update.inl"
+
+#include "cross_entropy.inl"
+
+}  // namespace
+
+#define ESAM_EACH_DTYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>, kernel<double>}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      name,
+      ESAM_EACH_DTYPE(squared_norm),
+      ESAM_EACH_DTYPE(scaled_squared_norm),
+      ESAM_EACH_DTYPE(perturb),
+      ESAM_EACH_DTYPE(sgd),
+      ESAM_EACH_DTYPE(adam),
+      {},
+      {},
+      philox_words,
+  };
+}
+
+}  // namespace ESAM_ISA
+}  // namespace esam::cpu

@@ -1,0 +1,22 @@
+// AVX-512 (F, BW, DQ, VL: Skylake-SP and Zen 4 onwards).
+#if defined(__x86_64__)
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "../philox.h"
+
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define ESAM_ISA avx512
+#define ESAM_VECTOR_BYTES 64
+#include "kernels.inl"
+
+namespace esam::cpu {
+const Kernels kAvx512Kernels = avx512::make_kernels("avx512");
+}  // namespace esam::cpu
+
+#endif

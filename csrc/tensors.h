@@ -1,0 +1,88 @@
+// From Python's tensors to blocks of memory: the only file that knows what a torch.Tensor is.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/blocks.h"
+
+namespace esam {
+
+inline std::optional<cpu::Dtype> supported_dtype(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return cpu::kFloat32;
+    case at::kBFloat16:
+      return cpu::kBFloat16;
+    case at::kHalf:
+      return cpu::kFloat16;
+    case at::kDouble:
+      return cpu::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Reads lists of tensors, and remembers whether all of them are such as the kernels take: plain dense CPU tensors of a
+// supported dtype, every list parallel to the first. Nothing of a list is touched before `ok` was asked.
+class TensorReader {
+ public:
+  bool ok() const { return ok_; }
+
+  std::vector<cpu::Block> read(const pybind11::list& tensors) { return blocks(tensors, /*writable=*/false); }
+  std::vector<cpu::Block> write(const pybind11::list& tensors) { return blocks(tensors, /*writable=*/true); }
+
+ private:
+  std::vector<cpu::Block> blocks(const pybind11::list& tensors, bool writable) {
+    std::vector<cpu::Block> result;
+    const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+    result.reserve(size);
+    for (Py_ssize_t i = 0; i < size && ok_; ++i) {
+      if (const auto block = this->block(PyList_GET_ITEM(tensors.ptr(), i), writable)) result.push_back(*block);
+    }
+    if (ok_) check_parallel(result);
+    return result;
+  }
+
+  std::optional<cpu::Block> block(PyObject* object, bool writable) {
+    if (!THPVariable_Check(object)) return refuse();
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    const auto dtype = supported_dtype(tensor);
+    const bool plain = tensor.device().is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() &&
+                       !tensor.is_neg() && tensor.is_non_overlapping_and_dense();
+    if (!plain || !dtype) return refuse();
+    void* const data = writable ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    if (data == nullptr && tensor.numel() > 0) return refuse();
+    return cpu::Block{static_cast<char*>(data), tensor.numel(), *dtype};
+  }
+
+  // An empty list stands for "not used".
+  void check_parallel(const std::vector<cpu::Block>& blocks) {
+    if (shapes_.empty()) shapes_ = blocks;
+    if (blocks.empty()) return;
+    ok_ = ok_ && blocks.size() == shapes_.size();
+    for (size_t i = 0; ok_ && i < blocks.size(); ++i) {
+      ok_ = blocks[i].numel == shapes_[i].numel && blocks[i].dtype == shapes_[i].dtype;
+    }
+  }
+
+  std::nullopt_t refuse() {
+    ok_ = false;
+    return std::nullopt;
+  }
+
+  bool ok_ = true;
+  std::vector<cpu::Block> shapes_;
+};
+
+// The data of one contiguous CPU tensor whose dtype and length the caller has checked; null for None.
+template <typename T>
+inline T* data(const pybind11::handle& tensor) {
+  if (tensor.is_none()) return nullptr;
+  return static_cast<T*>(THPVariable_Unpack(tensor.ptr()).mutable_data_ptr());
+}
+
+}  // namespace esam
