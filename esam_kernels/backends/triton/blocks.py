@@ -100,7 +100,7 @@ def table(
     where = (device, _stream(device), len(params))
     address_key = (*where, addresses, tuple(scalars))
     layout_key = (*where, block, numels, tuple(offsets), tuple(groups), tuple(adaptive))
-    if _capturing(device):
+    if capturing(device):
         # A graph reads its tables at every replay: they must neither be shared with eager code nor ever be freed.
         uploaded, layout = _addresses.__wrapped__(*address_key), _layout.__wrapped__(*layout_key)
         _captured.extend((uploaded, layout))
@@ -146,7 +146,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on ``device``, made without waiting for it, also inside the capture of a CUDA graph."""
     if device.type != "cuda":
         return values.to(device)
-    if not _capturing(device):
+    if not capturing(device):
         _reserve_staging()
         return values.pin_memory().to(device, non_blocking=True)
     staging = _captured_staging(values.numel(), values.dtype)
@@ -177,8 +177,8 @@ def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
     return staging
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
 def _stream(device: torch.device) -> int:
