@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adadelta, Optimizer
 
 from esam_kernels import ops
+from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
 from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected, split
 from esam_kernels.training_modes import RandomState, frozen_batch_norm
@@ -61,6 +62,11 @@ class ESAM(Optimizer):
         RuntimeError: a backend that is not available here.
     """
 
+    # GradScaler then calls step() on an overflow as well, and leaves it to step() to skip the update.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
     def __init__(
         self,
         params: Any,
@@ -105,7 +111,6 @@ class ESAM(Optimizer):
             group.update(missing)
         self._model = model
         self._batch_norm = contextlib.ExitStack()
-        self._is_perturbed = False
         self._remember_noise: Callable[[], Any] = self._random_state
         self._ran_backward = False
         self._used_gradients: list[tuple[Tensor, int]] = []
@@ -211,7 +216,6 @@ class ESAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._batch_norm = contextlib.ExitStack()
-        self._is_perturbed = False
         self._remember_noise = self._random_state
         self._ran_backward = False
         self._used_gradients = []
@@ -253,7 +257,6 @@ class ESAM(Optimizer):
         """
         self._require(perturbed=False, call="first_step")
         self._perturbation.perturb(gradients_are_free=zero_grad, may_lack_gradients=self._ran_backward)
-        self._is_perturbed = True
         self._ran_backward = False
         self._used_gradients = []
         torch.clear_autocast_cache()
@@ -296,7 +299,7 @@ class ESAM(Optimizer):
             RuntimeError: no ``first_step`` before.
         """
         self._require(perturbed=True, call="second_step")
-        self._leave_perturbed()
+        self._batch_norm.close()
         self._perturbation.restore_and_update(self.base_optimizer)
         torch.clear_autocast_cache()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
@@ -307,8 +310,8 @@ class ESAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
-        if self._is_perturbed:
-            self._leave_perturbed()
+        if self._perturbation.is_perturbed:
+            self._batch_norm.close()
             self._perturbation.restore()
             torch.clear_autocast_cache()
 
@@ -331,6 +334,10 @@ class ESAM(Optimizer):
         before and after the perturbation. Where new gradients are there already (the convention of the common two-step
         SAM class), it is called after it only. Losses per sample are not seen, so gamma has no part in it.
 
+        ``step()`` after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
+        ``GradScaler.step(optimizer)`` does, which restores the weights where it skips the update. A closure, if one is
+        given, is called first.
+
         If the closure raises, the weights are restored first.
 
         Args:
@@ -339,8 +346,9 @@ class ESAM(Optimizer):
             micro_batch: at most so many samples at a time, each part with its own perturbation and its own B+
                 (m-sharpness); the gradients of the second passes add up to that of the mean over all B+.
             max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does.
-            scaler: scales the losses, and takes the base optimizer's step or skips it. ``scaler.update()`` remains the
-                caller's. The first gradient needs no unscaling: e does not depend on its length.
+            scaler: scales the losses, and takes the base optimizer's step or skips it where a gradient of either pass
+                is not finite. ``scaler.update()`` remains the caller's. The first gradient needs no unscaling: e does
+                not depend on its length.
 
         Returns:
             The mean loss at w, detached, and what else the closure returned for it, (loss, rest), if it returned more
@@ -350,6 +358,8 @@ class ESAM(Optimizer):
             RuntimeError: no closure, or within another step.
             ValueError: an empty batch, samples of different number, or losses that are not one number a sample.
         """
+        if self._perturbation.is_perturbed and not batch:
+            return self._finish_step(closure)
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         self._require(perturbed=False, call="step")
@@ -430,7 +440,10 @@ class ESAM(Optimizer):
         loss_selected, _ = _losses_and_rest(losses(*batch), k)
         for param, grad in zip(self._perturbation.params, summed):
             param.grad = grad
-        scale(loss_selected.mean() * (k / selected_in_all)).backward()
+        loss_selected = loss_selected.mean() * (k / selected_in_all)
+        if scaler is not None and scaler.is_enabled():
+            loss_selected = nan_unless_finite(loss_selected, self._perturbation.sum_of_squares)
+        scale(loss_selected).backward()
         return loss.detach(), rest
 
     def _random_state(self) -> RandomState:
@@ -448,6 +461,23 @@ class ESAM(Optimizer):
         self.second_step()
         return loss_perturbed if loss is None else loss
 
+    def _finish_step(self, closure: Callable[[], Any] | None) -> Any:
+        """``second_step``, or what a GradScaler (which sets ``found_inf`` while it calls ``step``) makes of it."""
+        try:
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            if hasattr(self, "found_inf"):
+                with torch.no_grad():
+                    scaling = (self.base_optimizer, self.grad_scale, self.found_inf)
+                    restore_and_scaled_step(*scaling, self.restore, self.second_step)
+                self._remember_used_gradients()
+            else:
+                self.second_step()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
     def _remember_used_gradients(self) -> None:
         grads = [param.grad for param in self._perturbation.params if param.grad is not None]
         self._used_gradients = [(grad, grad._version) for grad in grads[:1]]
@@ -462,20 +492,16 @@ class ESAM(Optimizer):
     # -- phases --------------------------------------------------------------------------------------------------------
 
     def _require(self, *, perturbed: bool, call: str) -> None:
-        if self._is_perturbed and not perturbed:
+        if self._perturbation.is_perturbed and not perturbed:
             raise RuntimeError(f"{call} while the weights are perturbed: second_step() or restore() has to come first")
-        if perturbed and not self._is_perturbed:
+        if perturbed and not self._perturbation.is_perturbed:
             raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
 
     def _abandon(self) -> None:
         """Forget a step of which nothing was computed."""
-        if self._is_perturbed:
-            self._leave_perturbed()
+        if self._perturbation.is_perturbed:
+            self._batch_norm.close()
             self._perturbation.forget()
-
-    def _leave_perturbed(self) -> None:
-        self._is_perturbed = False
-        self._batch_norm.close()
 
 
 class SAM(ESAM):

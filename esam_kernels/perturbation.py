@@ -112,6 +112,8 @@ class StochasticWeightPerturbation:
         self._scale = DeviceNumbers(torch.float64)
         self._random_state = DeviceNumbers(torch.int64)
         self._words: dict[tuple[int, int], list[int]] = {}
+        self.is_perturbed = False
+        self.sum_of_squares: Tensor | None = None
         self._perturbed: list[Tensor] = []
         self._backups: list[Tensor] = []
 
@@ -182,6 +184,7 @@ class StochasticWeightPerturbation:
         if not (gradients or may_lack_gradients) and all(param.grad is None for param in self.params):
             raise RuntimeError("no parameter has a gradient: call backward before first_step")
         if not gradients or not any(radii):
+            self.is_perturbed = True
             return
         if not is_capturing():
             self.upload()
@@ -212,7 +215,8 @@ class StochasticWeightPerturbation:
                     self._random_state.tensor if self.mask == "element" and self.beta < 1.0 else None,
                     backend=self.backend,
                 )
-        self._perturbed, self._backups = params, backups
+        self._perturbed, self._backups, self.sum_of_squares = params, backups, partials
+        self.is_perturbed = True
 
     def upload(self) -> None:
         """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state."""
@@ -275,7 +279,8 @@ class StochasticWeightPerturbation:
 
     def forget(self) -> None:
         """Drop the saved weights without putting them back."""
-        self._perturbed, self._backups = [], []
+        self.is_perturbed = False
+        self._perturbed, self._backups, self.sum_of_squares = [], [], None
 
     def _finish(self) -> None:
         self.forget()
