@@ -163,13 +163,23 @@ def restore_sgd_kernel(
     )
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         tensor, start, numel, vectorized = block_at(addresses_ptr, layout_ptr, num_tensors, num_blocks, block, BLOCK)
-        arguments = (addresses_ptr + tensor, num_tensors, numel, *scalars)
+        where = (addresses_ptr + tensor, num_tensors, numel)
         if vectorized:
-            sgd_tile(start, *arguments, DTYPE, FIRST, MOMENTUM, WEIGHT_DECAY, NESTEROV, MAXIMIZE, BLOCK, True)
+            sgd_tile(start, *where, *scalars, DTYPE, FIRST, MOMENTUM, WEIGHT_DECAY, NESTEROV, MAXIMIZE, BLOCK, True)
         else:
             for piece in range(start, min(start + BLOCK, numel), MASKED_BLOCK):
                 sgd_tile(
-                    piece, *arguments, DTYPE, FIRST, MOMENTUM, WEIGHT_DECAY, NESTEROV, MAXIMIZE, MASKED_BLOCK, False
+                    piece,
+                    *where,
+                    *scalars,
+                    DTYPE,
+                    FIRST,
+                    MOMENTUM,
+                    WEIGHT_DECAY,
+                    NESTEROV,
+                    MAXIMIZE,
+                    MASKED_BLOCK,
+                    False,
                 )
 
 
@@ -314,12 +324,14 @@ def restore_adam_kernel(
             steps = step.to(tl.float64)
             step_size = (lr / (1 - tl.exp2(steps * float64(log2_beta1)))).to(COMPUTE)
             bias_correction2_sqrt = tl.sqrt(1 - tl.exp2(steps * float64(log2_beta2))).to(COMPUTE)
-        arguments = (column_ptr, num_tensors, numel, step_size, bias_correction2_sqrt, *scalars)
+        where = (column_ptr, num_tensors, numel, step_size, bias_correction2_sqrt)
         if vectorized:
-            adam_tile(start, *arguments, DTYPE, WEIGHT_DECAY, DECOUPLED, AMSGRAD, MAXIMIZE, BLOCK, True)
+            adam_tile(start, *where, *scalars, DTYPE, WEIGHT_DECAY, DECOUPLED, AMSGRAD, MAXIMIZE, BLOCK, True)
         else:
             for piece in range(start, min(start + BLOCK, numel), MASKED_BLOCK):
-                adam_tile(piece, *arguments, DTYPE, WEIGHT_DECAY, DECOUPLED, AMSGRAD, MAXIMIZE, MASKED_BLOCK, False)
+                adam_tile(
+                    piece, *where, *scalars, DTYPE, WEIGHT_DECAY, DECOUPLED, AMSGRAD, MAXIMIZE, MASKED_BLOCK, False
+                )
 
 
 def restore_adam_(
