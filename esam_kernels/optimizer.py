@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adadelta, Optimizer
 
-from esam_kernels import ops
+from esam_kernels import distributed, ops
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
 from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected, split
@@ -19,6 +19,17 @@ from esam_kernels.training_modes import RandomState, frozen_batch_norm
 
 # What state_dict() holds beside the base optimizer's own state.
 _SAVED = ("seed", "step", "beta", "gamma", "mask", "radius", "eta", "eps")
+# What a copy takes over.
+_COPIED = (
+    "base_optimizer",
+    "defaults",
+    "_perturbation",
+    "_model",
+    "_parallelism",
+    "_gamma",
+    "replay_noise",
+    "sync_perturbation",
+)
 
 
 class ESAM(Optimizer):
@@ -48,7 +59,11 @@ class ESAM(Optimizer):
             \|\|e\|\| = rho / beta, as the authors' code does.
         eps: keeps the division finite. Not the base optimizer's: one that needs another eps is given as an instance.
         seed: of the draws. The same seed draws the same on every device and backend.
-        model: given, its BatchNorm statistics move in the first forward of a step only.
+        model: given, its BatchNorm statistics move in the first forward of a step only. One that is wrapped in
+            DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as it is trained (see
+            :mod:`esam_kernels.distributed`).
+        sync_perturbation: with DistributedDataParallel, average the first gradients over the ranks, so that all use one
+            perturbation; by default each perturbs for its own batch. With ``fully_shard`` it is one always.
         backend: "reference", "native", "triton" or "cuda"; None: the fastest that the device has.
         flatten: move the parameters into flat buffers; None: where they are plain dense tensors on one device.
         base_kwargs: what ``base_optimizer`` takes beside the parameters.
@@ -84,6 +99,7 @@ class ESAM(Optimizer):
         model: nn.Module | None = None,
         backend: str | None = None,
         flatten: bool | None = None,
+        sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
         self.gamma = gamma
@@ -96,6 +112,11 @@ class ESAM(Optimizer):
             for group, values in zip(base.param_groups, own)
         ]
         groups = [{**group, **missing} for group, missing in zip(base.param_groups, added)]
+        params = [param for group in groups for param in group["params"]]
+        self._parallelism = distributed.Parallelism(model)
+        self._parallelism.check(params)
+        if sync_perturbation:
+            distributed.check_same_seed(seed, params[0].device, self._parallelism.process_group)
         self._perturbation = StochasticWeightPerturbation(
             groups,
             beta=beta,
@@ -110,6 +131,7 @@ class ESAM(Optimizer):
         for group, missing in zip(base.param_groups, added):
             group.update(missing)
         self._model = model
+        self.sync_perturbation = sync_perturbation
         self._batch_norm = contextlib.ExitStack()
         self._remember_noise: Callable[[], Any] = self._random_state
         self._ran_backward = False
@@ -166,6 +188,7 @@ class ESAM(Optimizer):
         missing = _group_defaults(param_group, self.defaults["rho"], self.defaults["adaptive"])
         self.base_optimizer.add_param_group({**param_group, **missing})
         try:
+            self._parallelism.check(list(self.param_groups[-1]["params"]))
             self._perturbation.track(self.param_groups)
         except BaseException:
             del self.param_groups[-1]
@@ -210,8 +233,7 @@ class ESAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require(perturbed=False, call="copying or pickling")
-        kept = ("base_optimizer", "defaults", "_perturbation", "_model", "_gamma", "replay_noise")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -228,8 +250,11 @@ class ESAM(Optimizer):
         Args:
             loss: one number, the mean loss of the batch.
 
+        With ``fully_shard`` the gradients of all are computed, and only the perturbation leaves the others out.
+
         Raises:
-            RuntimeError: between ``first_step`` and ``second_step``.
+            RuntimeError: between ``first_step`` and ``second_step``, or outside ``no_sync`` of a model that is wrapped
+                in DistributedDataParallel, which would wait for the gradients that are not computed.
             ValueError: a loss that is not one number.
         """
         self._require(perturbed=False, call="backward")
@@ -239,7 +264,12 @@ class ESAM(Optimizer):
         drawn = [self._perturbation.params[i] for i in self._perturbation.drawn()]
         if not drawn:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
-        loss.backward(inputs=drawn)
+        if self._perturbation.is_sharded:
+            loss.backward()
+        else:
+            if self._parallelism.synchronizes and len(drawn) < len(self._perturbation.trained()):
+                raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
+            loss.backward(inputs=drawn)
         self._ran_backward = True
 
     @torch.no_grad()
@@ -256,7 +286,12 @@ class ESAM(Optimizer):
             ValueError: a group's rho that is negative or not finite. Nothing is changed then.
         """
         self._require(perturbed=False, call="first_step")
-        self._perturbation.perturb(gradients_are_free=zero_grad, may_lack_gradients=self._ran_backward)
+        self._parallelism.reshard()
+        self._perturbation.perturb(
+            gradients_are_free=zero_grad,
+            may_lack_gradients=self._ran_backward,
+            average_over=self._parallelism.process_group if self.sync_perturbation else None,
+        )
         self._ran_backward = False
         self._used_gradients = []
         torch.clear_autocast_cache()
@@ -300,6 +335,7 @@ class ESAM(Optimizer):
         """
         self._require(perturbed=True, call="second_step")
         self._batch_norm.close()
+        self._parallelism.reshard()
         self._perturbation.restore_and_update(self.base_optimizer)
         torch.clear_autocast_cache()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
@@ -312,6 +348,7 @@ class ESAM(Optimizer):
         """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
         if self._perturbation.is_perturbed:
             self._batch_norm.close()
+            self._parallelism.reshard()
             self._perturbation.restore()
             torch.clear_autocast_cache()
 
@@ -389,8 +426,9 @@ class ESAM(Optimizer):
         summed: list[Tensor | None] = [None] * len(self._perturbation.params)
         for number, part in enumerate(parts, start=1):
             self.zero_grad(set_to_none=True)
-            results.append(self._two_passes(losses, part, summed, selected, scaler))
-            if number < len(parts):
+            is_last = number == len(parts)
+            results.append(self._two_passes(losses, part, summed, selected, scaler, is_last))
+            if not is_last:
                 summed = [param.grad for param in self._perturbation.params]
                 self.restore()
         if scaler is None:
@@ -419,38 +457,46 @@ class ESAM(Optimizer):
         summed: list[Tensor | None],
         selected_in_all: int,
         scaler: torch.amp.GradScaler | None,
+        is_last: bool,
     ) -> tuple[Tensor, Any]:
-        """Both passes over ``batch``; the gradients of the second are added to ``summed``, and w is left at w + e."""
+        """Both passes over ``batch``; the gradients of the second are added to ``summed``, and w is left at w + e.
+
+        Only the second pass of the last part is synchronised with other ranks.
+        """
+        alone = self._parallelism.without_synchronization
         scale = scaler.scale if scaler is not None else _unscaled
         samples = batch_size(batch)
         noise = self._remember_noise() if self.replay_noise else None
 
-        loss_before, rest = _losses_and_rest(losses(*batch), samples)
-        loss = loss_before.mean()
-        self.backward(scale(loss))
+        with alone():
+            loss_before, rest = _losses_and_rest(losses(*batch), samples)
+            loss = loss_before.mean()
+            self.backward(scale(loss))
         self.first_step(zero_grad=True)
 
         k = num_selected(self.gamma, samples)
-        if k < samples:
-            with torch.no_grad(), noise.replay() if noise else contextlib.nullcontext():
+        if k < samples or (self.gamma < 1.0 and self._parallelism.forward_communicates):
+            with torch.no_grad(), alone(), noise.replay() if noise else contextlib.nullcontext():
                 loss_after, _ = _losses_and_rest(losses(*batch), samples)
             chosen = self.select(loss_before, loss_after, *batch)
             batch = chosen if len(batch) > 1 else (chosen,)
 
-        loss_selected, _ = _losses_and_rest(losses(*batch), k)
-        for param, grad in zip(self._perturbation.params, summed):
-            param.grad = grad
-        loss_selected = loss_selected.mean() * (k / selected_in_all)
-        if scaler is not None and scaler.is_enabled():
-            loss_selected = nan_unless_finite(loss_selected, self._perturbation.sum_of_squares)
-        scale(loss_selected).backward()
+        with contextlib.nullcontext() if is_last else alone():
+            loss_selected, _ = _losses_and_rest(losses(*batch), k)
+            for param, grad in zip(self._perturbation.params, summed):
+                param.grad = grad
+            loss_selected = loss_selected.mean() * (k / selected_in_all)
+            if scaler is not None and scaler.is_enabled():
+                loss_selected = nan_unless_finite(loss_selected, self._perturbation.sum_of_squares)
+            scale(loss_selected).backward()
         return loss.detach(), rest
 
     def _random_state(self) -> RandomState:
         return RandomState(param.device for param in self._perturbation.params[:1])
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
-        loss = None if self._has_new_gradients() else closure()
+        with self._parallelism.without_synchronization():
+            loss = None if self._has_new_gradients() else closure()
         if all(param.grad is None for param in self._perturbation.params):
             raise RuntimeError(
                 "the closure computed no gradients: it has to call loss.backward(), or the batch has to be given, "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esam_kernels import ops
+from esam_kernels import distributed, ops
 from esam_kernels.backends import reference, resolve
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
@@ -99,7 +100,7 @@ class StochasticWeightPerturbation:
             if param.layout is not torch.strided or not is_dense(param):
                 raise ValueError(f"parameter {i} (shape {tuple(param.shape)}) is not dense: make it contiguous")
             resolve(self.backend, param.device)
-        owners(params)
+        owners([distributed.local_part(param) for param in params])
         reason = why_not_flattenable(params)
         if self.flatten and reason is not None:
             raise ValueError(f"flatten=True is not possible: {reason}")
@@ -108,6 +109,7 @@ class StochasticWeightPerturbation:
         self._groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
         self._find_ties()
         self._offsets = _element_offsets(params)
+        self.is_sharded = any(distributed.is_sharded(param) for param in params)
         self._buffers = FlatBuffers(params) if self.flatten is not False and reason is None else None
         self._scale = DeviceNumbers(torch.float64)
         self._random_state = DeviceNumbers(torch.int64)
@@ -118,7 +120,7 @@ class StochasticWeightPerturbation:
         self._backups: list[Tensor] = []
 
     def _find_ties(self) -> None:
-        self._tied_to = owners(self.params)
+        self._tied_to = owners([distributed.local_part(param) for param in self.params])
         self._is_tied = self._tied_to != list(range(len(self.params)))
 
     def use_groups(self, param_groups: Sequence[dict[str, Any]]) -> None:
@@ -130,6 +132,10 @@ class StochasticWeightPerturbation:
         """Whether the parameters live in flat buffers."""
         return self._buffers is not None
 
+    @property
+    def _operators(self) -> ModuleType:
+        return distributed if self.is_sharded else ops
+
     # -- m: which weights are perturbed --------------------------------------------------------------------------------
 
     @property
@@ -137,13 +143,17 @@ class StochasticWeightPerturbation:
         """A 32-bit word up to this one is a success of Bern(beta)."""
         return max(1, round(self.beta * 2**32)) - 1
 
+    def trained(self) -> list[int]:
+        """The parameters that train, by number."""
+        return [i for i, param in enumerate(self.params) if param.requires_grad and param.is_floating_point()]
+
     def drawn(self) -> list[int]:
         """The parameters that take part in this step, by number: all that train, or those that SWP drew of them.
 
         Each tensor is drawn with probability beta, from the seed, the step and its own number alone. Where none is, the
         one that came nearest is taken.
         """
-        trained = [i for i, param in enumerate(self.params) if param.requires_grad and param.is_floating_point()]
+        trained = self.trained()
         if self.mask == "element" or self.beta == 1.0:
             return trained
         words, bound = self._tensor_words(), self._bound
@@ -165,13 +175,14 @@ class StochasticWeightPerturbation:
 
     # -- w -> w + e ----------------------------------------------------------------------------------------------------
 
-    def perturb(self, gradients_are_free: bool, may_lack_gradients: bool = False) -> None:
+    def perturb(self, gradients_are_free: bool, may_lack_gradients: bool = False, average_over: Any = None) -> None:
         """Add e to the weights that are drawn, computed from the gradients in ``.grad``.
 
         Args:
             gradients_are_free: the caller drops the gradients after this. Where nobody else holds one, the old weights
                 are then kept in its memory.
             may_lack_gradients: no gradient at all is no error: none of the drawn parameters has a part in the loss.
+            average_over: the process group over whose ranks the gradients are averaged first; None: nothing is.
 
         Raises:
             RuntimeError: no gradients at all, or sparse ones.
@@ -180,9 +191,10 @@ class StochasticWeightPerturbation:
         radii = [self.check_rho(group["rho"]) for group in self._param_groups]
         if self._buffers is not None and self._buffers.refresh():
             self._find_ties()
+        self._check_gradients(may_lack_gradients)
+        if average_over is not None:
+            distributed.average_gradients([self.params[i] for i in self.drawn()], average_over)
         gradients = self._gradients()
-        if not (gradients or may_lack_gradients) and all(param.grad is None for param in self.params):
-            raise RuntimeError("no parameter has a gradient: call backward before first_step")
         if not gradients or not any(radii):
             self.is_perturbed = True
             return
@@ -194,13 +206,14 @@ class StochasticWeightPerturbation:
         groups = [self._groups[i] for i in indices]
         del gradients
         adaptive = [bool(group["adaptive"]) for group in self._param_groups]
-        partials = ops.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
-        free = [gradients_are_free and _is_ours_alone(grads, j) for j in range(len(grads))]
+        partials = self._operators.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
+        may_reuse = gradients_are_free and not self.is_sharded
+        free = [may_reuse and _is_ours_alone(grads, j) for j in range(len(grads))]
         backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
         for ours in (True, False):
             chosen = [j for j, is_free in enumerate(free) if is_free is ours]
             if chosen:
-                ops.perturb_(
+                self._operators.perturb_(
                     [params[j] for j in chosen],
                     [grads[j] for j in chosen],
                     [] if ours else [backups[j] for j in chosen],
@@ -240,11 +253,15 @@ class StochasticWeightPerturbation:
         estimated = self.mask == "tensor" and self.radius == "paper"
         return 1.0 / math.sqrt(self.beta) if estimated else 1.0
 
-    def _gradients(self) -> list[tuple[int, Tensor]]:
-        """The gradients of the drawn parameters, with the dtype and the strides of their parameters."""
+    def _check_gradients(self, may_lack: bool) -> None:
+        if not may_lack and all(param.grad is None for param in self.params):
+            raise RuntimeError("no parameter has a gradient: call backward before first_step")
         for i, param in enumerate(self.params):
             if param.grad is not None and param.grad.layout is not torch.strided:
                 raise RuntimeError(f"parameter {i} has a sparse gradient ({param.grad.layout}), which is not supported")
+
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """The gradients of the drawn parameters, with the dtype and the strides of their parameters."""
         found: dict[int, Tensor] = {}
         for i in self.drawn():
             param = self.params[i]
@@ -264,12 +281,13 @@ class StochasticWeightPerturbation:
     def restore(self) -> None:
         """Put the old weights back, bit for bit."""
         if self._perturbed:
-            ops.restore_(self._perturbed, self._backups, backend=self.backend)
+            self._operators.restore_(self._perturbed, self._backups, backend=self.backend)
         self._finish()
 
     def restore_and_update(self, base: Optimizer) -> None:
         """Put the old weights back and let the base optimizer take its step, in one pass where that is possible."""
-        if self._perturbed and not self._is_tied and can_fuse(base, self.backend, self.params):
+        fuses = bool(self._perturbed) and not (self._is_tied or self.is_sharded)
+        if fuses and can_fuse(base, self.backend, self.params):
             backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
             restore_and_step(base, backups, self._perturbed, self.backend, self.lr_tensors)
             self._finish()
@@ -288,10 +306,10 @@ class StochasticWeightPerturbation:
 
 
 def _element_offsets(params: Sequence[Tensor]) -> list[int]:
-    """The number of each parameter's first weight in the whole model, rounded up to whole Philox counters."""
+    """The number of each parameter's first weight in the whole model; parameters begin at whole Philox counters."""
     offsets, position = [], 0
     for param in params:
-        offsets.append(position)
+        offsets.append(position + distributed.first_element(param))
         position += -(-param.numel() // _OFFSET_STEP) * _OFFSET_STEP
     return offsets
 
