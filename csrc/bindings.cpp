@@ -3,8 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
 #include "cpu/perturbation.h"
+#include "cpu/selection.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -35,7 +41,7 @@ bool perturb(const py::list& params, const py::list& grads, const py::list& back
   const Blocks b = over_grads ? g : reader.write(backups);
   if (!reader.ok()) return false;
   const cpu::Perturbation perturbation{
-      data<double>(partials), data<double>(scale), offsets, norm_factor, eps, data<int64_t>(random_state)};
+      const_data<double>(partials), const_data<double>(scale), offsets, norm_factor, eps, const_data<int64_t>(random_state)};
   py::gil_scoped_release release;
   cpu::perturb(w, g, b, {groups, adaptive, eta}, perturbation);
   return true;
@@ -66,7 +72,7 @@ bool restore_sgd(const py::list& params, const py::list& backups, const py::list
 std::vector<float*> step_counters(const py::list& steps) {
   std::vector<float*> result;
   for (const py::handle step : steps) {
-    const at::Tensor& tensor = THPVariable_Unpack(step.ptr());
+    const at::Tensor& tensor = unpack(step);
     if (!tensor.device().is_cpu() || tensor.scalar_type() != at::kFloat || tensor.numel() != 1) return {};
     result.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
   }
@@ -97,8 +103,78 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
   return true;
 }
 
+// Rows of contiguous logits. Throws an IndexError, as torch does, where a class index is out of range.
+cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::object& index,
+                                         const py::object& probability, double label_smoothing, int64_t ignore_index) {
+  const cpu::CrossEntropyRows rows{logits.const_data_ptr(), const_data<int64_t>(index), const_data<float>(probability),
+                                   logits.size(1),          label_smoothing,            ignore_index};
+  if (const int64_t* target = cpu::out_of_range(rows, logits.size(0))) {
+    throw py::index_error("Target " + std::to_string(*target) + " is out of bounds.");
+  }
+  return rows;
+}
+
+void cross_entropy_forward(const py::object& logits, const py::object& index, const py::object& probability,
+                           double label_smoothing, int64_t ignore_index, const py::object& losses,
+                           const py::object& lse) {
+  const at::Tensor& x = unpack(logits);
+  const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
+  float *const losses_out = data<float>(losses), *const lse_out = data<float>(lse);
+  py::gil_scoped_release release;
+  cpu::cross_entropy_forward(*supported_dtype(x), rows, x.size(0), losses_out, lse_out);
+}
+
+void cross_entropy_backward(const py::object& grad_losses, const py::object& logits, const py::object& index,
+                            const py::object& probability, const py::object& lse, double label_smoothing,
+                            int64_t ignore_index, const py::object& grad_logits) {
+  const at::Tensor& x = unpack(logits);
+  const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
+  const float *const upstream = const_data<float>(grad_losses), *const lse_in = const_data<float>(lse);
+  void* const out = data<void>(grad_logits);
+  py::gil_scoped_release release;
+  cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, lse_in, out);
+}
+
+// Both losses are contiguous and float32, or both are float64.
+void select(const py::object& loss_before, const py::object& loss_after, int64_t k, const py::object& indices) {
+  const at::Tensor& before = unpack(loss_before);
+  if (before.scalar_type() == at::kDouble) {
+    cpu::select(const_data<double>(loss_before), const_data<double>(loss_after), before.numel(), k,
+                data<int64_t>(indices));
+  } else {
+    cpu::select(const_data<float>(loss_before), const_data<float>(loss_after), before.numel(), k,
+                data<int64_t>(indices));
+  }
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_neg() &&
+         !tensor.is_conj() && tensor.is_non_overlapping_and_dense();
+}
+
+// `destinations` hold the rows in the same order of memory as the sources, the batch outermost.
+bool gather(const py::list& sources, const py::list& destinations, const py::object& indices) {
+  const int64_t count = unpack(indices).numel();
+  const int64_t* const index = const_data<int64_t>(indices);
+  std::vector<cpu::Rows> from;
+  std::vector<char*> to;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const at::Tensor& source = unpack(sources[i]);
+    const int64_t rows = source.size(0);
+    if (!is_plain(source) || rows == 0) return false;
+    const auto outside = [rows](int64_t row) { return row < 0 || row >= rows; };
+    if (std::any_of(index, index + count, outside)) throw py::index_error("index out of range in self");
+    from.push_back({static_cast<const char*>(source.const_data_ptr()), rows,
+                    source.numel() / rows * static_cast<int64_t>(source.element_size())});
+    to.push_back(data<char>(destinations[i]));
+  }
+  py::gil_scoped_release release;
+  for (size_t i = 0; i < from.size(); ++i) cpu::gather(from[i], index, count, to[i]);
+  return true;
+}
+
 void philox_words(uint64_t first_counter, uint64_t step, uint64_t seed, const py::object& words) {
-  const int64_t counters = THPVariable_Unpack(words.ptr()).numel() / 4;
+  const int64_t counters = unpack(words).numel() / 4;
   cpu::kernels().philox_words(first_counter, counters, step, seed, data<uint32_t>(words));
 }
 
@@ -115,5 +191,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("restore", esam::restore);
   module.def("restore_sgd", esam::restore_sgd);
   module.def("restore_adam", esam::restore_adam);
+  module.def("cross_entropy_forward", esam::cross_entropy_forward);
+  module.def("cross_entropy_backward", esam::cross_entropy_backward);
+  module.def("select", esam::select);
+  module.def("gather", esam::gather);
   module.def("philox_words", esam::philox_words);
 }

@@ -78,11 +78,21 @@ class TensorReader {
   std::vector<cpu::Block> shapes_;
 };
 
+// One tensor. Throws a TypeError for anything else.
+inline const at::Tensor& unpack(const pybind11::handle& object) {
+  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("expected a torch.Tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
 // The data of one contiguous CPU tensor whose dtype and length the caller has checked; null for None.
 template <typename T>
 inline T* data(const pybind11::handle& tensor) {
-  if (tensor.is_none()) return nullptr;
-  return static_cast<T*>(THPVariable_Unpack(tensor.ptr()).mutable_data_ptr());
+  return tensor.is_none() ? nullptr : static_cast<T*>(unpack(tensor).mutable_data_ptr());
+}
+
+template <typename T>
+inline const T* const_data(const pybind11::handle& tensor) {
+  return tensor.is_none() ? nullptr : static_cast<const T*>(unpack(tensor).const_data_ptr());
 }
 
 }  // namespace esam

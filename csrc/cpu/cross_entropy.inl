@@ -1,1 +1,192 @@
 // Per-sample cross-entropy of one row (section 2.3). Included once per instruction set, inside its namespace.
+//
+// With q the smoothed target distribution and x shifted by its maximum:
+//   loss = sum(q) log sum exp(x) - sum(q x),   d loss / d x = sum(q) softmax(x) - q
+// Sums run in the same lanes on every instruction set, blocks in float32 and their totals in float64.
+
+constexpr int kLanes = 16;
+constexpr int kVectors = kLanes / kFloats;
+constexpr int64_t kBlock = 1024;  // logits at a time: 4 KiB, at home in the first-level cache
+
+inline int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// One block of a row as float32, in whole lanes: what lies beyond the row reads as `padding`.
+struct Block {
+  alignas(64) float values[kBlock];
+
+  template <typename T>
+  const float* read(const T* source, int64_t n, float padding) {
+    for (int64_t i = 0; i < n; ++i) values[i] = load(source[i]);
+    for (int64_t i = n; i < whole_lanes(n); ++i) values[i] = padding;
+    return values;
+  }
+
+  const float* read(const float* source, int64_t n, float padding) {
+    return n % kLanes == 0 ? source : read<float>(source, n, padding);
+  }
+};
+
+// sum of term(i) over whole lanes of a block, where term gives the vector that starts at i.
+template <typename Term>
+inline double sum_of(int64_t n, Term term) {
+  FloatVector sums[kVectors] = {};
+  for (int64_t i = 0; i < whole_lanes(n); i += kLanes) {
+    for (int v = 0; v < kVectors; ++v) sums[v] += term(i + v * kFloats);
+  }
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, sums, sizeof(lanes));
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
+// Calls body(start, size) for the blocks of a row.
+template <typename Body>
+inline void for_each_block(int64_t classes, Body body) {
+  for (int64_t start = 0; start < classes; start += kBlock) body(start, std::min(kBlock, classes - start));
+}
+
+// NaN is passed over; it comes back through the sum of exponentials.
+template <typename T>
+float row_max(const T* logits, int64_t classes) {
+  Block block;
+  FloatVector largest[kVectors];
+  for (FloatVector& vector : largest) vector = FloatVector{} - INFINITY;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* x = block.read(logits + start, size, -INFINITY);
+    for (int64_t i = 0; i < whole_lanes(size); i += kLanes) {
+      for (int v = 0; v < kVectors; ++v) {
+        const FloatVector value = load_floats(x + i + v * kFloats);
+        largest[v] = value > largest[v] ? value : largest[v];
+      }
+    }
+  });
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, largest, sizeof(lanes));
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+template <typename T>
+double sum_of_exponentials(const T* logits, int64_t classes, float max) {
+  Block block;
+  double total = 0;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* x = block.read(logits + start, size, -INFINITY);
+    total += sum_of(size, [=](int64_t i) { return exp(load_floats(x + i) - max); });
+  });
+  return total;
+}
+
+// sum(x - max), for the uniform part of a smoothed target
+template <typename T>
+double sum_of_shifted(const T* logits, int64_t classes, float max) {
+  Block block;
+  double total = 0;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* x = block.read(logits + start, size, max);
+    total += sum_of(size, [=](int64_t i) { return load_floats(x + i) - max; });
+  });
+  return total;
+}
+
+inline double sum_of_target(const float* probability, int64_t classes) {
+  Block block;
+  double total = 0;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* q = block.read(probability + start, size, 0);
+    total += sum_of(size, [=](int64_t i) { return load_floats(q + i); });
+  });
+  return total;
+}
+
+// sum(q (x - max))
+template <typename T>
+double sum_of_products(const T* logits, const float* probability, int64_t classes, float max) {
+  Block logits_block, target_block;
+  double total = 0;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* x = logits_block.read(logits + start, size, max);
+    const float* q = target_block.read(probability + start, size, 0);
+    total += sum_of(size, [=](int64_t i) { return load_floats(q + i) * (load_floats(x + i) - max); });
+  });
+  return total;
+}
+
+template <typename T>
+bool has_nan(const T* logits, int64_t classes) {
+  return std::any_of(logits, logits + classes, [](T logit) { return load(logit) != load(logit); });
+}
+
+// Where the maximum is infinite, so is the sum, as torch.logsumexp has it; the loss is NaN all the same.
+template <typename T>
+float log_sum_exp(const T* logits, int64_t classes, float max, double log_sum) {
+  if (!std::isinf(max)) return static_cast<float>(max + log_sum);
+  return has_nan(logits, classes) ? NAN : max;
+}
+
+template <typename T>
+void cross_entropy_forward(const CrossEntropyRows& rows, int64_t row, float* loss, float* lse) {
+  const int64_t classes = rows.classes;
+  const T* const logits = static_cast<const T*>(rows.logits) + row * classes;
+  const float max = row_max(logits, classes);
+  const double log_sum = std::log(sum_of_exponentials(logits, classes, max));
+  *lse = log_sum_exp(logits, classes, max, log_sum);
+
+  double target_sum = 1, product_sum;
+  if (rows.probability != nullptr) {
+    const float* const q = rows.probability + row * classes;
+    target_sum = sum_of_target(q, classes);
+    product_sum = sum_of_products(logits, q, classes, max);
+  } else if (rows.index[row] == rows.ignore_index) {
+    *loss = 0;
+    return;
+  } else {
+    product_sum = load(logits[rows.index[row]]) - max;
+  }
+  const double smoothing = rows.label_smoothing;
+  if (smoothing != 0) {
+    target_sum = target_sum * (1 - smoothing) + smoothing;
+    product_sum = product_sum * (1 - smoothing) + sum_of_shifted(logits, classes, max) * (smoothing / classes);
+  }
+  *loss = static_cast<float>(target_sum * log_sum - product_sum);
+}
+
+// grad_logits[i] <- (softmax * target_sum - q) grad_loss, where q = probability * share + uniform
+template <typename T>
+void write_gradient(const T* logits, const float* probability, T* grad_logits, int64_t classes, float lse,
+                    float target_sum, float share, float uniform, float grad_loss) {
+  Block logits_block, target_block, result;
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    const float* x = logits_block.read(logits + start, size, -INFINITY);
+    const float* q = probability == nullptr ? nullptr : target_block.read(probability + start, size, 0);
+    for (int64_t i = 0; i < whole_lanes(size); i += kFloats) {
+      FloatVector target = FloatVector{} + uniform;
+      if (q != nullptr) target += load_floats(q + i) * share;
+      const FloatVector softmax = exp(load_floats(x + i) - lse);
+      store_floats(result.values + i, (softmax * target_sum - target) * grad_loss);
+    }
+    for (int64_t i = 0; i < size; ++i) grad_logits[start + i] = store<T>(result.values[i]);
+  });
+}
+
+template <typename T>
+void cross_entropy_backward(const CrossEntropyRows& rows, int64_t row, float grad_loss, float lse, void* grad_logits) {
+  const int64_t classes = rows.classes;
+  const T* const logits = static_cast<const T*>(rows.logits) + row * classes;
+  T* const gradient = static_cast<T*>(grad_logits) + row * classes;
+  const double smoothing = rows.label_smoothing, uniform = smoothing / classes;
+  if (rows.probability != nullptr) {
+    const float* const q = rows.probability + row * classes;
+    const double target_sum = sum_of_target(q, classes) * (1 - smoothing) + smoothing;
+    write_gradient(logits, q, gradient, classes, lse, target_sum, 1 - smoothing, uniform, grad_loss);
+    return;
+  }
+  const int64_t target = rows.index[row];
+  if (target == rows.ignore_index) {
+    std::fill(gradient, gradient + classes, T{});
+    return;
+  }
+  write_gradient<T>(logits, nullptr, gradient, classes, lse, 1, 1, uniform, grad_loss);
+  const double softmax = std::exp(static_cast<double>(load(logits[target])) - lse);
+  gradient[target] = store<T>(static_cast<float>((softmax - (1 - smoothing) - uniform) * grad_loss));
+}

@@ -18,11 +18,14 @@ constexpr int kVectorBytes = ESAM_VECTOR_BYTES;
 
 #include "update.inl"
 
+#include "exp.inl"
+
 #include "cross_entropy.inl"
 
 }  // namespace
 
 #define ESAM_EACH_DTYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>, kernel<double>}
+#define ESAM_EACH_FLOAT(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>, nullptr}
 
 constexpr Kernels make_kernels(const char* name) {
   return {
@@ -32,8 +35,8 @@ constexpr Kernels make_kernels(const char* name) {
       ESAM_EACH_DTYPE(perturb),
       ESAM_EACH_DTYPE(sgd),
       ESAM_EACH_DTYPE(adam),
-      {},
-      {},
+      ESAM_EACH_FLOAT(cross_entropy_forward),
+      ESAM_EACH_FLOAT(cross_entropy_backward),
       philox_words,
   };
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from esam_kernels.backends import reference
-from esam_kernels.backends.reference import NUM_PARTIALS
+from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
 
 ISA_VARIABLE = "ESAM_KERNELS_ISA"
 
@@ -142,7 +142,76 @@ def restore_adam_(
 
 # -- Sharpness-sensitive Data Selection (section 2.3) ------------------------------------------------------------------
 
-cross_entropy_forward = reference.cross_entropy_forward
-cross_entropy_backward = reference.cross_entropy_backward
-select = reference.select
-gather = reference.gather
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _takes(logits: Tensor, target: Tensor) -> bool:
+    return logits.dtype in _LOGITS_DTYPES and logits.numel() > 0 and logits.device.type == target.device.type == "cpu"
+
+
+def _index_and_probability(target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if target.dtype == torch.int64:
+        return target.contiguous(), None
+    return None, target.to(torch.float32).contiguous()
+
+
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    if not _takes(logits, target):
+        return reference.cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32)
+    lse = torch.empty(logits.shape[0], dtype=torch.float32)
+    index, probability = _index_and_probability(target)
+    _native.cross_entropy_forward(logits.contiguous(), index, probability, label_smoothing, ignore_index, losses, lse)
+    return losses, lse
+
+
+def cross_entropy_backward(
+    grad_losses: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    if not _takes(logits, target) or lse.dtype != torch.float32:
+        return reference.cross_entropy_backward(grad_losses, logits, target, lse, label_smoothing, ignore_index)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    index, probability = _index_and_probability(target)
+    _native.cross_entropy_backward(
+        grad_losses.to(torch.float32).contiguous(),
+        logits.contiguous(),
+        index,
+        probability,
+        lse.contiguous(),
+        label_smoothing,
+        ignore_index,
+        gradient,
+    )
+    return gradient
+
+
+def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
+    dtype = torch.promote_types(compute_dtype(loss_before.dtype), compute_dtype(loss_after.dtype))
+    indices = torch.empty(k, dtype=torch.int64)
+    _native.select(loss_before.to(dtype).contiguous(), loss_after.to(dtype).contiguous(), k, indices)
+    return indices
+
+
+def _empty_rows(tensor: Tensor, count: int) -> Tensor | None:
+    """Room for ``count`` rows in the memory format of ``tensor``; None where its rows are not whole in memory."""
+    if tensor.is_contiguous():
+        return tensor.new_empty((count, *tensor.shape[1:]))
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if order[0] != 0:
+        return None
+    inverse = [order.index(dim) for dim in range(tensor.dim())]
+    return tensor.new_empty((count, *(tensor.shape[dim] for dim in order[1:]))).permute(inverse)
+
+
+def gather(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+    rows = [_empty_rows(tensor, indices.numel()) for tensor in tensors]
+    if any(row is None for row in rows) or not _native.gather(tensors, rows, indices.contiguous()):
+        return reference.gather(tensors, indices)
+    return rows  # type: ignore[return-value]
