@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from esam_kernels.backends import reference
-from esam_kernels.backends.triton.blocks import on, widen
+from esam_kernels.backends.reference import compute_dtype
+from esam_kernels.backends.triton.blocks import TRITON_DTYPES, on, widen
 
-MAX_SELECT = 16384  # samples that one program holds in registers; 65536 spill
+MAX_SELECT_BYTES = 65536  # of keys that one program holds in registers without spilling, at MAX_SELECT_WARPS
+MAX_SELECT_WARPS = 16
 SELECT_SAMPLES_PER_WARP = 512  # 16 samples a thread
 GATHER_LANES = 1024  # of a program: 8 lanes a thread, four 128-bit accesses where rows allow them
 
@@ -58,20 +60,23 @@ def select_kernel(
         reached = tl.sum((present & (key >= (threshold | bit))).to(tl.int32))
         threshold = tl.where(reached >= k, threshold | bit, threshold)
         bit = bit >> 1
-    above = (present & (key > threshold)).to(tl.int32)
-    tied = (present & (key == threshold)).to(tl.int32)
-    places = k - tl.sum(above)
-    chosen = above + tied * (tl.cumsum(tied) <= places).to(tl.int32)
-    position = tl.cumsum(chosen) - 1
-    tl.store(indices_ptr + position, sample.to(tl.int64), mask=chosen == 1)
+    above = present & (key > threshold)
+    tied = present & (key == threshold)
+    places = k - tl.sum(above.to(tl.int32))
+    # one scan counts both: the samples above in the high half, the tied ones, of which only `places` get in, in the low
+    counts = tl.cumsum(above.to(tl.int32) * 65536 + tied.to(tl.int32))
+    tied_rank = counts & 65535
+    chosen = above | (tied & (tied_rank <= places))
+    position = (counts >> 16) + tl.minimum(tied_rank, places) - 1
+    tl.store(indices_ptr + position, sample.to(tl.int64), mask=chosen)
 
 
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     samples = loss_before.shape[0]
-    if samples > MAX_SELECT:
+    compute = torch.promote_types(compute_dtype(loss_before.dtype), compute_dtype(loss_after.dtype))
+    if samples * compute.itemsize > MAX_SELECT_BYTES or loss_after.device != loss_before.device:
         return reference.select(loss_before, loss_after, k)
     block = triton.next_power_of_2(samples)
-    double = torch.float64 in (loss_before.dtype, loss_after.dtype)
     indices = torch.empty(k, dtype=torch.int64, device=loss_before.device)
     with on(loss_before.device):
         select_kernel[(1,)](
@@ -82,11 +87,15 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
             k,
             loss_before.stride(0),
             loss_after.stride(0),
-            COMPUTE=tl.float64 if double else tl.float32,
+            COMPUTE=TRITON_DTYPES[compute],
             BLOCK=block,
-            num_warps=min(32, max(4, block // SELECT_SAMPLES_PER_WARP)),
+            num_warps=select_warps(block),
         )
     return indices
+
+
+def select_warps(block: int) -> int:
+    return min(MAX_SELECT_WARPS, max(4, block // SELECT_SAMPLES_PER_WARP))
 
 
 # -- Gather ------------------------------------------------------------------------------------------------------------
