@@ -1,0 +1,196 @@
+"""Train with SGD, SAM and ESAM side by side, and compare accuracy, speed and sharpness.
+
+Without options: scikit-learn's handwritten digits with 40 % wrong training labels, three seeds, about two minutes on
+two CPU cores. Prints one table, and writes a plot and a JSON file into the directory --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from checkpoint import FILE, load_checkpoint, save_checkpoint
+from data import DATA_SETS, DataSet, UserError, load, with_label_noise
+from models import MODELS
+from progress import Progress
+from report import Result, plot, summarise, table, write_json
+from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, OPTIMIZERS, Trainer
+
+from esam_kernels.selection import num_selected
+
+# Options that do not change what is trained, and may differ when a run is resumed.
+NOT_COMPARED = ("checkpoint", "resume", "out", "data_path", "device")
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    data = parser.add_argument_group("data and model")
+    data.add_argument("--data", choices=DATA_SETS, default="digits")
+    data.add_argument("--data-path", help="CIFAR: a directory, .tar.gz or .npz")
+    data.add_argument("--label-noise", type=share, default=0.4, help="share of wrong training labels (default 0.4)")
+    data.add_argument("--limit", type=positive_int, help="only the first so many training and test images, for tries")
+    data.add_argument("--model", choices=MODELS, default="cnn")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd", "sam", "esam"])
+    training.add_argument("--rho", type=float, help=f"radius (default {DEFAULT_RHO}; asam {DEFAULT_RHO_ASAM})")
+    training.add_argument("--beta", type=float, default=0.6, help="ESAM: share of the weights perturbed (default 0.6)")
+    training.add_argument("--gamma", type=float, default=0.5, help="ESAM: share of the batch in pass 2 (default 0.5)")
+    training.add_argument(
+        "--gamma-warmup", type=share, default=0.5, help="share of the steps over which gamma falls from 1 (default 0.5)"
+    )
+    training.add_argument("--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws")
+    training.add_argument("--lr", type=float, default=0.05)
+    training.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant")
+    training.add_argument("--momentum", type=float, default=0.9)
+    training.add_argument("--weight-decay", type=float, default=0.0)
+    training.add_argument("--epochs", type=positive_int, default=25)
+    training.add_argument("--batch-size", type=positive_int, default=64)
+    training.add_argument("--seed", type=int, default=0, help="of the first training")
+    training.add_argument("--seeds", type=positive_int, default=3, help="trainings of each optimizer (default 3)")
+
+    machine = parser.add_argument_group("machine and files")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward")
+    machine.add_argument("--checkpoint", metavar="DIR", help="save the state there after every epoch")
+    machine.add_argument("--resume", action="store_true", help="go on from the state in --checkpoint")
+    machine.add_argument("--out", metavar="DIR", default="runs", help="for the plot and the JSON (default runs)")
+
+    options = parser.parse_args(arguments)
+    options.optimizer = list(dict.fromkeys(options.optimizer))
+    if options.resume and options.checkpoint is None:
+        parser.error("--resume needs --checkpoint")
+    return options
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def share(text: str) -> float:
+    if not 0.0 <= float(text) <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1]")
+    return float(text)
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"no such device: {name} ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def check_batches(options: argparse.Namespace, data: DataSet) -> None:
+    """Refuse batches that cannot be drawn, and those of one value per channel, which BatchNorm cannot normalise."""
+    images = len(data.train_labels)
+    if options.batch_size > images:
+        raise UserError(f"--batch-size {options.batch_size} is larger than the training set, {images} images")
+    last = images % options.batch_size or options.batch_size
+    smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
+    if options.model == "resnet18" and options.data == "digits" and smallest == 1:
+        raise UserError(
+            f"--batch-size {options.batch_size} leaves resnet18 a batch of 1 image of digits: choose another"
+        )
+
+
+def train(options: argparse.Namespace) -> list[Result]:
+    """All trainings: seed by seed, and within a seed epoch by epoch in turn, so that all see the same machine."""
+    device = find_device(options.device)
+    torch.backends.cudnn.deterministic = True
+    compared = {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
+    state: dict[str, Any] = {"options": compared, "results": [], "trainers": {}}
+    if options.resume:
+        state = load_checkpoint(options.checkpoint, compared, device)
+    elif options.checkpoint and (Path(options.checkpoint) / FILE).exists():
+        raise UserError(f"{options.checkpoint} holds a checkpoint already: add --resume, or name another directory")
+    data = load(options.data, options.data_path, options.limit).to(device)
+    check_batches(options, data)
+
+    results: list[Result] = state["results"]
+    steps = -(-len(data.train_labels) // options.batch_size) * options.epochs
+    finished = len(results) * steps
+    with Progress(total=options.seeds * len(options.optimizer) * steps, done=finished) as progress:
+        for seed in range(options.seed, options.seed + options.seeds):
+            if any(result["seed"] == seed for result in results):
+                continue
+            noisy = with_label_noise(data, options.label_noise, seed)
+            trainers = [Trainer(name, seed, noisy, options) for name in options.optimizer]
+            for trainer in trainers:
+                if trainer.name in state["trainers"]:
+                    trainer.load_state_dict(state["trainers"][trainer.name])
+            state["trainers"] = {}
+            for epoch in range(len(trainers[0].history), options.epochs):
+                for trainer in trainers:
+                    trainer.train_epoch(progress.step)
+                progress.report(f"seed {seed}  epoch {epoch + 1}/{options.epochs}  {accuracies(trainers)}")
+                if options.checkpoint:
+                    states = {trainer.name: trainer.state_dict() for trainer in trainers}
+                    save_checkpoint(options.checkpoint, {"options": compared, "results": results, "trainers": states})
+            results += [trainer.result() for trainer in trainers]
+    return results
+
+
+def accuracies(trainers: list[Trainer]) -> str:
+    return "  ".join(f"{trainer.name} {trainer.history[-1]['test_accuracy']:.1f} %" for trainer in trainers)
+
+
+def report(options: argparse.Namespace, results: list[Result]) -> None:
+    print(table(summarise(results)))
+    rho = DEFAULT_RHO if options.rho is None else options.rho
+    print(
+        f"after epoch {options.epochs}, mean +- standard deviation over {options.seeds} seed(s); sharpness: mean rise "
+        f"of the loss over the training set under SAM's perturbation with rho = {rho}"
+    )
+    name = f"{options.data}_{options.model}"
+    json_path, plot_path = Path(options.out) / f"{name}.json", Path(options.out) / f"{name}.png"
+    write_json(json_path, torch.device(options.device), vars(options), results)
+    try:
+        plot(plot_path, f"{options.data}, {options.label_noise:.0%} wrong training labels, {options.model}", results)
+    except ImportError:
+        print(f"{json_path} (no plot: pip install matplotlib)")
+    else:
+        print(f"{json_path}  {plot_path}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        report(options, train(options))
+    except (UserError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"interrupted: {how_to_resume(options, arguments)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def how_to_resume(options: argparse.Namespace, arguments: list[str] | None) -> str:
+    if options.checkpoint is None or not (Path(options.checkpoint) / FILE).exists():
+        return "nothing is saved (--checkpoint DIR saves the state after every epoch)"
+    given = sys.argv[1:] if arguments is None else arguments
+    command = ["python", sys.argv[0], *given, *([] if options.resume else ["--resume"])]
+    return f"go on with: {shlex.join(command)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""One training: a model, its optimizer and schedules, epoch by epoch, in a state that can be saved."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from data import DataSet, UserError
+from models import build_model
+from torch import Tensor
+
+from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm
+from esam_kernels.schedules import LinearSchedule
+
+OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds")
+# The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
+DEFAULT_RHO = 0.05
+DEFAULT_RHO_ASAM = 0.5
+# Images in a batch of the evaluation: bounds its memory, and has no effect on the result.
+EVALUATION_BATCH = 1000
+
+
+def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD, or SGD within SAM or ESAM; ``esam-swp`` and ``esam-sds`` are ESAM with one of its two parts."""
+    sgd = {"lr": options.lr, "momentum": options.momentum, "weight_decay": options.weight_decay}
+    params = model.parameters()
+    if name == "sgd":
+        return torch.optim.SGD(params, **sgd)
+    if name in ("sam", "asam"):
+        default = DEFAULT_RHO if name == "sam" else DEFAULT_RHO_ASAM
+        rho = default if options.rho is None else options.rho
+        return SAM(params, torch.optim.SGD, rho=rho, adaptive=name == "asam", model=model, **sgd)
+    return ESAM(
+        params,
+        torch.optim.SGD,
+        rho=DEFAULT_RHO if options.rho is None else options.rho,
+        beta=1.0 if name == "esam-sds" else options.beta,
+        gamma=1.0 if name == "esam-swp" else options.gamma,
+        mask=options.mask,
+        model=model,
+        **sgd,
+    )
+
+
+class Trainer:
+    """Trains one model with one optimizer. ``history`` has an entry for each finished epoch."""
+
+    def __init__(self, name: str, seed: int, data: DataSet, options: argparse.Namespace) -> None:
+        self.name, self.seed, self.data, self.options = name, seed, data, options
+        self.device = data.train_images.device
+        torch.manual_seed(seed)
+        channels, size = data.train_images.shape[1:3]
+        self.model = build_model(options.model, channels, size, data.classes).to(self.device)
+        try:
+            self.optimizer = build_optimizer(name, self.model, options)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{name}: {error}") from None
+        self.gamma_schedule = self._gamma_schedule()
+        self.lr_schedule = self._lr_schedule()
+        self.history: list[dict[str, float]] = []
+
+    def _gamma_schedule(self) -> LinearSchedule | None:
+        """gamma from 1 down to its value over the share ``gamma_warmup`` of all steps."""
+        steps = round(self.options.gamma_warmup * self.options.epochs * self.steps_per_epoch)
+        if not isinstance(self.optimizer, ESAM) or self.optimizer.gamma == 1.0 or steps == 0:
+            return None
+        return LinearSchedule(self.optimizer, "gamma", 1.0, self.optimizer.gamma, total_iters=steps)
+
+    def _lr_schedule(self) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """The learning rate from its value to 0 along half a cosine, epoch by epoch; None leaves it constant."""
+        if self.options.lr_schedule == "constant":
+            return None
+        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.options.epochs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.data.train_labels) // self.options.batch_size)
+
+    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample, shape (b,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16"):
+            logits = self.model(images)
+        return cross_entropy(logits, labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of training; returns the mean loss at the weights before it, on the device."""
+        if isinstance(self.optimizer, ESAM):
+            loss = self.optimizer.step(self.losses, images, labels)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.losses(images, labels).mean()
+            loss.backward()
+            self.optimizer.step()
+        if self.gamma_schedule is not None:
+            self.gamma_schedule.step()
+        return loss.detach()
+
+    def train_epoch(self, on_step: Callable[[], Any] = lambda: None) -> None:
+        """Train for one epoch, measure on the test set, and add an entry to ``history``.
+
+        All that is random in an epoch follows from the seed and the epoch's number, so that a resumed training and an
+        undisturbed one draw the same numbers, and trainings beside each other do not disturb one another.
+        """
+        epoch = len(self.history)
+        epoch_seed = self.seed * 1_000_003 + epoch
+        torch.manual_seed(epoch_seed)
+        generator = torch.Generator(self.device).manual_seed(epoch_seed)
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        start = self._now()
+        for images, labels in self.data.training_batches(self.options.batch_size, generator):
+            total += self.step(images, labels) * len(labels)
+            on_step()
+        seconds = self._now() - start
+        if self.lr_schedule is not None:
+            self.lr_schedule.step()
+        loss = total.item() / len(self.data.train_labels)
+        self.history.append({"epoch": epoch + 1, "seconds": seconds, "train_loss": loss, **self.evaluate()})
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy (in %) on the test set."""
+        self.model.eval()
+        correct, loss = torch.zeros(2, device=self.device)
+        for images, labels in self.data.test_batches(EVALUATION_BATCH):
+            logits = self.model(images)
+            correct += (logits.argmax(dim=1) == labels).sum()
+            loss += cross_entropy(logits, labels).sum()
+        samples = len(self.data.test_labels)
+        return {"test_loss": loss.item() / samples, "test_accuracy": 100.0 * correct.item() / samples}
+
+    def sharpness(self, rho: float) -> float:
+        """The mean rise of the training loss under SAM's perturbation of radius ``rho``, batch by batch.
+
+        With BatchNorm in training mode, as the optimizers see it; changes neither weights nor statistics.
+        """
+        self.model.train()
+        probe = SAM(self.model.parameters(), torch.optim.SGD, rho=rho, lr=0.0, flatten=False)
+        rise = torch.zeros((), device=self.device)
+        size = self.options.batch_size
+        with frozen_batch_norm(self.model):
+            for images, labels in zip(self.data.train_images.split(size), self.data.train_labels.split(size)):
+                inputs = self.data.normalised(images)
+                before = self.losses(inputs, labels)
+                probe.zero_grad()
+                probe.backward(before.mean())
+                probe.first_step(zero_grad=True)
+                with torch.no_grad():
+                    rise += (self.losses(inputs, labels) - before).sum()
+                probe.restore()
+        return rise.item() / len(self.data.train_labels)
+
+    def result(self) -> dict[str, Any]:
+        """What the report says about this training."""
+        rho = DEFAULT_RHO if self.options.rho is None else self.options.rho
+        return {
+            "optimizer": self.name,
+            "seed": self.seed,
+            "images": len(self.data.train_labels),
+            "sharpness": self.sharpness(rho),
+            "history": self.history,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on; the random state follows from the seed and the epoch."""
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        schedules = {"gamma_schedule": self.gamma_schedule, "lr_schedule": self.lr_schedule}
+        parts |= {name: schedule for name, schedule in schedules.items() if schedule is not None}
+        return {"history": self.history, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+        for name in state.keys() - {"history"}:
+            getattr(self, name).load_state_dict(state[name])
