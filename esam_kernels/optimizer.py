@@ -140,6 +140,7 @@ class ESAM(Optimizer):
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         super().__setstate__({})  # the hooks that torch gives to every optimizer
         self._perturbation.use_groups(base.param_groups)
+        self._note_saved()
 
     # -- what a torch optimizer has ------------------------------------------------------------------------------------
 
@@ -193,6 +194,7 @@ class ESAM(Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
+        self._note_saved()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base optimizer's ``state_dict``, with seed, step and hyperparameters under "esam".
@@ -201,9 +203,16 @@ class ESAM(Optimizer):
             RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
         """
         self._require(perturbed=False, call="state_dict")
+        saved = self._note_saved()
+        return {**self.base_optimizer.state_dict(), "esam": saved}
+
+    def _note_saved(self) -> dict[str, Any]:
+        """What is saved under "esam", noted in every group too: torch.distributed.checkpoint keeps nothing else."""
         perturbation = self._perturbation
         saved = {name: self._gamma if name == "gamma" else getattr(perturbation, name) for name in _SAVED}
-        return {**self.base_optimizer.state_dict(), "esam": saved}
+        for group in self.param_groups:
+            group["esam"] = dict(saved)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned, or the state of a plain torch optimizer of the base's kind.
@@ -213,7 +222,8 @@ class ESAM(Optimizer):
             ValueError: groups of other sizes, or hyperparameters out of range. Nothing is changed then.
         """
         self._require(perturbed=False, call="load_state_dict")
-        saved = state_dict.get("esam", {})
+        noted = [group["esam"] for group in state_dict["param_groups"] if "esam" in group]
+        saved = state_dict.get("esam", noted[0] if noted else {})
         unknown = set(saved) - set(_SAVED)
         if unknown:
             raise ValueError(f"the state holds unknown ESAM entries: {sorted(unknown)}")
@@ -230,6 +240,7 @@ class ESAM(Optimizer):
         for name, value in saved.items():
             setattr(self if name == "gamma" else self._perturbation, name, value)
         self._perturbation.use_groups(self.param_groups)
+        self._note_saved()
 
     def __getstate__(self) -> dict[str, Any]:
         self._require(perturbed=False, call="copying or pickling")
@@ -373,7 +384,8 @@ class ESAM(Optimizer):
 
         ``step()`` after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
         ``GradScaler.step(optimizer)`` does, which restores the weights where it skips the update. A closure, if one is
-        given, is called first.
+        given, is called first. ``step()`` where the learning rate of every group is 0 is the base optimizer's alone: so
+        does torch.distributed.checkpoint create its state.
 
         If the closure raises, the weights are restored first.
 
@@ -397,6 +409,8 @@ class ESAM(Optimizer):
         """
         if self._perturbation.is_perturbed and not batch:
             return self._finish_step(closure)
+        if closure is None and all(group.get("lr") == 0.0 for group in self.param_groups):
+            return self.base_optimizer.step()
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         self._require(perturbed=False, call="step")
