@@ -1,0 +1,201 @@
+"""Contract point 11: beta = gamma = 1 is SAM, rho = 0 is the base optimizer; and any base optimizer works."""
+
+import oracles
+import pytest
+import torch
+
+from esam_kernels import ESAM, SAM
+
+STEPS = 20
+BASES = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    "SGD without momentum": (torch.optim.SGD, {"lr": 0.1}),
+    "SGD with dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
+    "Adam": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 1e-2}),
+    "Adam with amsgrad": (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.9, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
+    "NAdam": (torch.optim.NAdam, {"lr": 1e-2}),
+    "RAdam": (torch.optim.RAdam, {"lr": 1e-2}),
+    "Adamax": (torch.optim.Adamax, {"lr": 1e-2}),
+    "ASGD": (torch.optim.ASGD, {"lr": 1e-2}),
+    "Rprop": (torch.optim.Rprop, {"lr": 1e-2}),
+}
+
+
+def groups(model):
+    params = list(model.parameters())
+    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.003}]
+
+
+def make(model, name, given_as, **kwargs):
+    base, options = BASES[name]
+    if given_as == "class":
+        return ESAM(groups(model), base, **options, **kwargs)
+    return ESAM(model.parameters(), base(groups(model), **options), **kwargs)
+
+
+def trained_plainly(name):
+    model = oracles.mlp()
+    base, options = BASES[name]
+    optimizer = base(groups(model), **options)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        oracles.losses_of(model)(*oracles.batch(seed=step)).mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def same_state(left, right):
+    assert left["param_groups"] == right["param_groups"]
+    assert left["state"].keys() == right["state"].keys()
+    for number, entries in left["state"].items():
+        assert entries.keys() == right["state"][number].keys()
+        for name, value in entries.items():
+            other = right["state"][number][name]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+@pytest.mark.parametrize("given_as", ["class", "instance"])
+@pytest.mark.parametrize("name", BASES)
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(name, given_as):
+    plain, plain_optimizer = trained_plainly(name)
+    model = oracles.mlp()
+    optimizer = make(model, name, given_as, rho=0.0, gamma=1.0)
+    for step in range(STEPS):
+        optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
+    assert oracles.same_bits(oracles.weights_of(plain), oracles.weights_of(model))
+    state, expected = optimizer.base_optimizer.state_dict(), plain_optimizer.state_dict()
+    for group in state["param_groups"]:
+        assert group.pop("rho") == 0.0
+        assert group.pop("adaptive") is False
+    same_state(state, expected)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("name", ["SGD", "SGD without momentum", "SGD with dampening", "Adam", "AdamW"])
+def test_restore_in_one_pass_with_the_update_is_the_base_optimizer_bit_for_bit(name):
+    """With e so small that w + e = w: the gradients are those at w, the route is that of a perturbed step."""
+    plain, plain_optimizer = trained_plainly(name)
+    model = oracles.mlp()
+    optimizer = make(model, name, "class", rho=1e-30, beta=1.0, gamma=1.0)
+    for step in range(STEPS):
+        optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
+    assert oracles.same_bits(oracles.weights_of(plain), oracles.weights_of(model))
+    same_state(
+        {**optimizer.base_optimizer.state_dict(), "param_groups": 0},
+        {**plain_optimizer.state_dict(), "param_groups": 0},
+    )
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_restore_in_one_pass_with_the_update_is_restore_and_then_update(name, request):
+    models = []
+    for fused in (False, True):
+        if fused:
+            request.getfixturevalue("fused")
+        model = oracles.mlp()
+        optimizer = make(model, name, "class", rho=0.5, beta=0.5)
+        for step in range(STEPS):
+            optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
+        models.append(oracles.weights_of(model))
+    assert oracles.same_bits(*models)
+
+
+class SAMOracle:
+    """Algorithm 1 of Foret et al. in float64."""
+
+    def __init__(self, model, update, rho, adaptive=False):
+        self.weights = [w.double() for w in oracles.weights_of(model)]
+        self.update, self.rho, self.adaptive = update, rho, adaptive
+
+    def gradients(self, weights, data):
+        weights = [w.clone().requires_grad_() for w in weights]
+        loss = oracles.mlp_losses(weights, *data).mean()
+        return list(torch.autograd.grad(loss, weights))
+
+    def step(self, data):
+        n = len(self.weights)
+        e = oracles.perturbation(
+            self.weights,
+            self.gradients(self.weights, data),
+            rho=[self.rho] * n,
+            beta=1.0,
+            mask=[torch.ones_like(w) for w in self.weights],
+            seen=[True] * n,
+            adaptive=[self.adaptive] * n,
+        )
+        perturbed = [w + d for w, d in zip(self.weights, e)]
+        self.weights = self.update(self.weights, self.gradients(perturbed, data))
+
+
+ORACLES = {
+    "SGD": (oracles.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+    "AdamW": (oracles.AdamW, torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.05}),
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("name", ORACLES)
+def test_twenty_steps_of_sam_follow_the_float64_oracle(name, fuse, adaptive, request):
+    if fuse:
+        request.getfixturevalue("fused")
+    oracle_update, base, options = ORACLES[name]
+    rho = 0.5 if adaptive else 0.1
+    model = oracles.mlp()
+    oracle = SAMOracle(model, oracle_update(**options).update, rho, adaptive)
+    optimizer = SAM(model.parameters(), base, rho=rho, adaptive=adaptive, **options)
+    for step in range(STEPS):
+        data = oracles.batch(32, seed=step)
+        optimizer.step(oracles.losses_of(model), *data)
+        oracle.step((data[0].double(), data[1]))
+    for weight, expected in zip(model.parameters(), oracle.weights):
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_oracle_tells_sam_from_the_base_optimizer():
+    """What the tolerance above is worth: without e the weights end far outside it."""
+    _, base, options = ORACLES["SGD"]
+    model = oracles.mlp()
+    oracle = SAMOracle(model, oracles.SGD(**options).update, 0.1)
+    optimizer = SAM(model.parameters(), base, rho=0.0, **options)
+    for step in range(STEPS):
+        data = oracles.batch(32, seed=step)
+        optimizer.step(oracles.losses_of(model), *data)
+        oracle.step((data[0].double(), data[1]))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model[0].weight.double(), oracle.weights[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("refused", [torch.optim.LBFGS, torch.optim.Adadelta])
+@pytest.mark.parametrize("as_instance", [False, True])
+def test_a_base_optimizer_that_cannot_be_wrapped_is_refused_with_a_reason(refused, as_instance):
+    model = oracles.mlp()
+    base = refused(model.parameters()) if as_instance else refused
+    reason = "evaluates the loss several times" if refused is torch.optim.LBFGS else "rho"
+    with pytest.raises(TypeError, match=f"{refused.__name__}.*{reason}"):
+        ESAM(model.parameters(), base)
+
+
+def test_the_base_optimizers_groups_and_state_are_the_optimizers_own():
+    model = oracles.mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = ESAM(model.parameters(), base)
+    assert optimizer.base_optimizer is base
+    assert optimizer.param_groups is base.param_groups
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+    assert optimizer.state is base.state
+    assert len(base.state) == 6
+
+
+def test_the_base_optimizers_step_hooks_are_called():
+    model = oracles.mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+    base.register_step_post_hook(lambda *_: calls.append("base"))
+    optimizer = ESAM(model.parameters(), base)
+    optimizer.register_step_post_hook(lambda *_: calls.append("whole"))
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+    assert calls == ["base", "whole"]

@@ -1,0 +1,192 @@
+"""Per-sample cross-entropy against torch's, in every layout; derivatives; half precision; refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from esam_kernels import cross_entropy
+
+CLASSES = 5
+
+
+def logits_and_target(shape, dtype=torch.float64, scale=3.0):
+    """Logits (b, C, ...) with some extreme rows, and class indices."""
+    logits = (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    return logits, target
+
+
+def torchs(logits, target, **kwargs):
+    return F.cross_entropy(logits, target, reduction="none", **kwargs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 5, 1000])
+def test_losses_of_one_prediction_a_sample_are_torchs(classes, dtype, smoothing):
+    logits, target = logits_and_target((9, classes), dtype)
+    losses = cross_entropy(logits, target, label_smoothing=smoothing)
+    torch.testing.assert_close(losses, torchs(logits, target, label_smoothing=smoothing))
+    assert losses.shape == (9,)
+    assert losses.dtype == dtype
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("shape", [(4, CLASSES, 7), (4, CLASSES, 3, 2), (2, CLASSES, 2, 3, 2)])
+def test_losses_of_several_positions_are_the_mean_over_them(shape, smoothing):
+    logits, target = logits_and_target(shape)
+    expected = torchs(logits, target, label_smoothing=smoothing).flatten(1).mean(dim=1)
+    torch.testing.assert_close(cross_entropy(logits, target, label_smoothing=smoothing), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 7, CLASSES), (4, 3, 2, CLASSES)])
+def test_classes_may_be_last_as_language_models_have_them(shape):
+    logits = torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(0, CLASSES, shape[:-1])
+    expected = torchs(logits.movedim(-1, 1), target).flatten(1).mean(dim=1)
+    torch.testing.assert_close(cross_entropy(logits, target), expected)
+
+
+def test_where_both_layouts_fit_torchs_is_meant():
+    logits = torch.randn(4, CLASSES, CLASSES, dtype=torch.float64)
+    target = torch.randint(0, CLASSES, (4, CLASSES))
+    torch.testing.assert_close(cross_entropy(logits, target), torchs(logits, target).mean(dim=1))
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_ignored_positions_count_neither_in_the_loss_nor_in_the_mean_nor_in_the_gradient(ignored):
+    logits, target = logits_and_target((6, CLASSES, 4))
+    target[0, 1] = target[1] = target[2, :3] = ignored
+    logits.requires_grad_()
+    losses = cross_entropy(logits, target, ignore_index=ignored)
+    kept = (target != ignored).sum(dim=1)
+    expected = torchs(logits, target, ignore_index=ignored).sum(dim=1) / kept.clamp(min=1)
+    torch.testing.assert_close(losses, expected)
+    assert losses[1] == 0
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
+    assert not gradient.movedim(1, -1)[target == ignored].any()
+
+
+def test_an_ignored_sample_of_one_prediction_has_no_loss():
+    logits, target = logits_and_target((4, CLASSES))
+    target[2] = -100
+    losses = cross_entropy(logits, target, label_smoothing=0.1)
+    torch.testing.assert_close(losses, torchs(logits, target, label_smoothing=0.1))
+    assert losses[2] == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(6, CLASSES), (4, CLASSES, 3)])
+def test_class_probabilities_as_target_are_torchs(shape, smoothing):
+    logits, _ = logits_and_target(shape)
+    target = torch.softmax(torch.randn(shape, dtype=torch.float64), dim=1)
+    expected = torchs(logits, target, label_smoothing=smoothing).reshape(shape[0], -1).mean(dim=1)
+    torch.testing.assert_close(cross_entropy(logits, target, label_smoothing=smoothing), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_class_indices_may_have_any_integer_dtype(dtype):
+    logits, target = logits_and_target((9, CLASSES))
+    torch.testing.assert_close(cross_entropy(logits, target.to(dtype)), torchs(logits, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_give_float32_losses_and_gradients_in_their_own_dtype(dtype):
+    logits, target = logits_and_target((9, CLASSES), dtype)
+    logits.requires_grad_()
+    losses = cross_entropy(logits, target)
+    exact = logits.detach().double().requires_grad_()
+    expected = torchs(exact, target)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [6e4, 6e4, 6e4], [-1e30, 0.0, 1e30]])
+    losses = cross_entropy(logits, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(losses, torch.tensor([0.0, math.log(3), 0.0]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["indices", "ignored", "probabilities", "positions"])
+def test_first_and_second_derivatives(kind, smoothing):
+    shape = (3, 4, 2) if kind == "positions" else (4, 4)
+    logits, target = logits_and_target(shape, scale=1.0)
+    if kind == "ignored":
+        target[1] = -100
+    if kind == "probabilities":
+        target = torch.softmax(torch.randn(shape, dtype=torch.float64), dim=1) * 1.3  # need not sum to 1
+    logits.requires_grad_()
+
+    def losses(x):
+        return cross_entropy(x, target, label_smoothing=smoothing)
+
+    assert torch.autograd.gradcheck(losses, logits)
+    assert torch.autograd.gradgradcheck(losses, logits)
+
+
+def test_logits_need_not_be_contiguous():
+    logits = torch.randn(CLASSES, 6, dtype=torch.float64).t()
+    target = torch.randint(0, CLASSES, (6,))
+    torch.testing.assert_close(cross_entropy(logits, target), torchs(logits, target))
+
+
+def test_an_empty_batch_has_no_losses():
+    assert cross_entropy(torch.empty(0, CLASSES), torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_float32_losses_under_autocast():
+    logits, target = logits_and_target((9, CLASSES), torch.float32)
+    weight = torch.randn(CLASSES, CLASSES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = logits @ weight
+        losses = cross_entropy(rounded, target)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(losses, torchs(rounded.float(), target))
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "message"),
+    [
+        ((4, 5), torch.zeros(3, dtype=torch.int64), r"shape \(3,\).*does not fit logits of shape \(4, 5\)"),
+        ((4, 5), torch.zeros(4, 1, dtype=torch.int64), r"shape \(4, 1\)"),
+        ((4, 5), torch.zeros(4), r"torch.float32, shape \(4,\)"),
+        ((4, 5), torch.zeros(4, dtype=torch.bool), "torch.bool"),
+        ((4, 5), torch.zeros(4, dtype=torch.complex64), "torch.complex64"),
+        ((4, 5, 2), torch.zeros(4, 3, dtype=torch.int64), r"\(4, 2\) or \(4, 5\)"),
+        ((4, 0), torch.zeros(4, dtype=torch.int64), "no classes"),
+        ((5,), torch.zeros((), dtype=torch.int64), r"\(b, C, ...\).*\(5,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shape, target, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(torch.randn(shape), target)
+
+
+def test_integer_logits_are_refused():
+    with pytest.raises(ValueError, match="floating point.*int64"):
+        cross_entropy(torch.zeros(4, 5, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, math.nan])
+def test_label_smoothing_outside_its_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\]"):
+        cross_entropy(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), label_smoothing=smoothing)
+
+
+def test_a_target_that_requires_grad_is_refused():
+    with pytest.raises(ValueError, match="target requires grad"):
+        cross_entropy(torch.randn(4, 5), torch.full((4, 5), 0.2, requires_grad=True))
+
+
+@pytest.mark.parametrize("index", [5, -1, 10**6])
+def test_a_class_index_out_of_range_is_an_error_on_the_cpu(index):
+    with pytest.raises(IndexError):
+        cross_entropy(torch.randn(4, 5), torch.full((4,), index))
