@@ -61,9 +61,20 @@ def why_not_flattenable(params: Sequence[Tensor]) -> str | None:
             return f"parameter {i} is a {type(param).__name__}, not a plain tensor"
         if param.layout is not torch.strided or not is_dense(param):
             return f"parameter {i} is not dense"
-        if param.device.type == "meta":
-            return f"parameter {i} has no memory (it is on the meta device)"
+        if param.device.type not in ("cpu", "cuda"):
+            return f"parameter {i} is on a {param.device.type} device"
     return None
+
+
+def _with_its_own_storage(buffer: Tensor, offset: int, numel: int) -> Tensor:
+    """A part of ``buffer``, in its memory, that shares no storage with the other parts, yet keeps the memory alive.
+
+    What saves models takes tensors of one storage for tied weights: safetensors refuses them, Accelerate drops them.
+    """
+    # In bytes, as DLPack does not know every dtype.
+    start, stop = offset * buffer.element_size(), (offset + numel) * buffer.element_size()
+    part: Tensor = torch.from_dlpack(buffer.view(torch.uint8)[start:stop])
+    return part.view(buffer.dtype)
 
 
 class FlatBuffers:
@@ -89,11 +100,13 @@ class FlatBuffers:
                 step = ALIGNMENT // param.element_size()
                 sizes[param.dtype] = offsets[i] + -(-param.numel() // step) * step
         self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=self.params[0].device) for dtype, n in sizes.items()}
+        places: dict[int, Tensor] = {}
         with torch.no_grad():
             for i, param in enumerate(self.params):
                 if param.numel():
-                    buffer = self.buffers[param.dtype]
-                    view = buffer.as_strided(param.size(), param.stride(), offsets[owner[i]])
+                    if owner[i] == i:
+                        places[i] = _with_its_own_storage(self.buffers[param.dtype], offsets[i], param.numel())
+                    view = places[owner[i]].as_strided(param.size(), param.stride())
                     if owner[i] == i:
                         view.copy_(param)
                     param.data = view
