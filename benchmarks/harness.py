@@ -1,0 +1,225 @@
+"""How things are timed: paired alternation, medians with p20 and p80, cold caches, the copy bandwidth of the same run.
+
+Machines are noisy, and noise lasts: two implementations measured one after the other are not comparable. So they
+alternate (ours, peer, ours, peer, ...), and a ratio is the median over pairs of neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OURS = "ours"
+
+# Twice the last-level cache between two uses of the same memory leaves nothing of it there.
+CACHE_MULTIPLE = 2
+MAX_BUFFER_SETS = 64
+# Large against every cache, small against the time of a case.
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+MAX_ROUNDS = 1000
+# The first calls may compile, allocate or load: they are not part of anything.
+WARM_UP_ROUNDS = 2
+# A case that has taken this many times its seconds stops, with at least so many rounds.
+OVERTIME, FEWEST_ROUNDS = 3, 3
+
+
+def nothing() -> None:
+    """No preparation."""
+
+
+@dataclass
+class Contender:
+    """One implementation of a case.
+
+    Args:
+        name: "ours", or the peer's name.
+        runs: what is timed, one callable for each set of buffers; they take turns.
+        prepare: runs before each of them, outside the time.
+        bytes_moved: what has to move through memory in one run, where that can be said.
+        capturable: on CUDA, replay it as a graph: device time without the host's.
+    """
+
+    name: str
+    runs: Sequence[Callable[[], Any]]
+    prepare: Callable[[], Any] = nothing
+    bytes_moved: int | None = None
+    capturable: bool = False
+
+
+@dataclass
+class Measurement:
+    """Times of a case in seconds. ``pairs[peer]`` holds (ours, peer), measured next to each other."""
+
+    ours: list[float] = field(default_factory=list)
+    pairs: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    copies: list[float] = field(default_factory=list)
+    copy_bytes: int = 0
+    bytes_moved: dict[str, int | None] = field(default_factory=dict)
+    timing: dict[str, str] = field(default_factory=dict)
+
+    def times(self, name: str) -> list[float]:
+        return self.ours if name == OURS else [peer for _, peer in self.pairs[name]]
+
+    def ratios(self, name: str) -> list[float]:
+        """How many times longer than ours the peer took, pair by pair."""
+        return [peer / ours for ours, peer in self.pairs[name]]
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes per second of a plain copy, read and written counted, in the same rounds."""
+        return self.copy_bytes / statistics.median(self.copies) if self.copies else None
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """p20, the median and p80, linear between the samples."""
+    ordered = sorted(samples)
+    if not ordered:
+        raise ValueError("no samples")
+
+    def at(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return at(0.2), at(0.5), at(0.8)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The size of the last-level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 << 20)
+
+
+def buffer_sets(bytes_per_set: int, device: torch.device) -> int:
+    """How many sets of buffers have to take turns so that each is cold again when its turn comes."""
+    return min(MAX_BUFFER_SETS, 1 + -(-CACHE_MULTIPLE * cache_bytes(device) // max(1, bytes_per_set)))
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def wall_clock(run: Callable[[], Any]) -> float:
+    """Seconds until ``run`` returns. On the CPU that is its time; on CUDA it is the host's share of it."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def host_clock(run: Callable[[], Any]) -> float:
+    """The host's share on CUDA: the device is idle at the start, and is not waited for."""
+    torch.cuda.synchronize()
+    return wall_clock(run)
+
+
+def event_clock(run: Callable[[], Any]) -> float:
+    """Seconds between two CUDA events around ``run``; the device is idle before."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a CUDA graph; calling it replays the graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    return event_clock if device.type == "cuda" else wall_clock
+
+
+# -- a case ------------------------------------------------------------------------------------------------------------
+
+
+def copy_contender(device: torch.device, nbytes: int | None = None) -> Contender:
+    """A plain copy: the bandwidth that everything is held against."""
+    size = nbytes or COPY_BYTES[device.type]
+    source, target = (torch.full((size // 4,), 1.0, device=device) for _ in range(2))
+    return Contender("copy", [lambda: target.copy_(source)], bytes_moved=2 * source.nbytes)
+
+
+def measure(
+    contenders: Sequence[Contender],
+    device: torch.device,
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = MAX_ROUNDS,
+    with_copy: bool = True,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+    copy_bytes: int | None = None,
+) -> Measurement:
+    """Time ``contenders``, of which the first is ours, in alternation.
+
+    A round is ours, a peer, ours, the next peer, and so on, then a plain copy. There are at least ``min_rounds``
+    (fewer in a case that takes far longer than ``seconds``), and as many as ``seconds`` hold.
+    """
+    ours, *peers = contenders
+    if ours.name != OURS:
+        raise ValueError(f"the first contender must be {OURS!r}, got {ours.name!r}")
+    clock = clock or clock_of(device)
+    result = Measurement(bytes_moved={contender.name: contender.bytes_moved for contender in contenders})
+    samplers = {}
+    for contender in contenders:
+        graphed = device.type == "cuda" and contender.capturable
+        runs = [captured(run) for run in contender.runs] if graphed else contender.runs
+        samplers[contender.name] = _sampler(runs, contender.prepare, clock)
+        result.timing[contender.name] = "graph replay" if graphed else clock.__name__.replace("_", " ")
+    copy = copy_contender(device, copy_bytes) if with_copy else None
+    copy_sampler = _sampler(copy.runs, copy.prepare, clock) if copy else None
+    result.copy_bytes = copy.bytes_moved or 0 if copy else 0
+
+    for sample in samplers.values():
+        for _ in range(WARM_UP_ROUNDS):
+            sample()
+    if copy_sampler:
+        copy_sampler()
+    result.pairs = {peer.name: [] for peer in peers}
+    start = time.perf_counter()
+    for number in itertools.count(1):
+        for peer in peers:
+            ours_time = samplers[OURS]()
+            result.ours.append(ours_time)
+            result.pairs[peer.name].append((ours_time, samplers[peer.name]()))
+        if not peers:
+            result.ours.append(samplers[OURS]())
+        if copy_sampler:
+            result.copies.append(copy_sampler())
+        elapsed = time.perf_counter() - start
+        enough = min(min_rounds, FEWEST_ROUNDS) if elapsed > OVERTIME * seconds else min_rounds
+        if number >= max_rounds or (number >= enough and elapsed >= seconds):
+            return result
+    raise AssertionError("unreachable")
+
+
+def _sampler(
+    runs: Sequence[Callable[[], Any]], prepare: Callable[[], Any], clock: Callable[[Callable[[], Any]], float]
+) -> Callable[[], float]:
+    turns = itertools.cycle(runs)
+
+    def sample() -> float:
+        prepare()
+        return clock(next(turns))
+
+    return sample

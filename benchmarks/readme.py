@@ -1,0 +1,107 @@
+"""The README's numbers come from the rows.
+
+``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
+(``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
+``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
+it has. ``--check`` changes nothing, and fails where the README differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import rows as results
+from benchmarks import tables
+
+README = results.ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>.+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
+MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
+ANY_BLOCK = re.compile(r"<!-- rows:")
+ANY_MARK = re.compile(r"<!-- row: ")
+
+
+def rendered(text: str, folder: Path = results.RESULTS) -> str:
+    """``text`` with every block and every marked number taken from the rows under ``folder``.
+
+    Raises:
+        ValueError: a mark without a number, an unclosed block, or rows that are not there.
+    """
+    if len(BLOCK.findall(text)) != len(ANY_BLOCK.findall(text)):
+        raise ValueError("a <!-- rows:... --> block is not closed by <!-- /rows -->")
+    if len(MARK.findall(text)) != len(ANY_MARK.findall(text)):
+        raise ValueError("a <!-- row: ... --> mark does not follow a number, or does not read file.json#key")
+
+    def block(match: re.Match[str]) -> str:
+        found = _newest_device(_load(folder / f"{match['source']}.json"))
+        if match["only"]:
+            found = [row for row in found if match["only"] in row["case"]]
+        if not found:
+            raise ValueError(f"no rows for <!-- rows:{match['source']} {match['only'] or ''} -->")
+        body = tables.as_markdown(tables.table(found))
+        return f"{match[1]}{body}\n\n{tables.conditions(found)}.\n{match[5]}"
+
+    def mark(match: re.Match[str]) -> str:
+        value = _value(folder / match["file"], match["key"])
+        decimals = len(match["number"].partition(".")[2])
+        comma = "," if "," in match["number"] else ""
+        return f"{value:{comma}.{decimals}f}{match['mark']}"
+
+    return MARK.sub(mark, BLOCK.sub(block, text))
+
+
+def _load(path: Path) -> list[results.Row]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return results.load(path)
+
+
+def _newest_device(rows: list[results.Row]) -> list[results.Row]:
+    """The rows of the device that was measured last: a table shows one."""
+    latest = max(rows, key=lambda row: row["date"])["device"] if rows else None
+    return [row for row in rows if row["device"] == latest]
+
+
+def _value(path: Path, key: str) -> float:
+    case, _, rest = key.partition("|")
+    implementation, _, field = rest.partition("|")
+    for row in _newest_device(_load(path)):
+        if row["case"] == case and row["implementation"] == implementation:
+            value = row.get(field)
+            if isinstance(value, (int, float)):
+                return value
+    raise ValueError(f"{path.name} has no number {field!r} for case {case!r}, implementation {implementation!r}")
+
+
+def differences(old: str, new: str) -> list[str]:
+    return [f"- {a}\n+ {b}" for a, b in zip(old.splitlines(), new.splitlines()) if a != b] or (
+        [] if old == new else ["the number of lines differs"]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    arguments = parser.parse_args()
+    old = arguments.readme.read_text()
+    try:
+        new = rendered(old, arguments.results)
+    except ValueError as error:
+        print(f"{arguments.readme}: {error}", file=sys.stderr)
+        return 1
+    if not arguments.check:
+        arguments.readme.write_text(new)
+        return 0
+    for difference in differences(old, new):
+        print(difference, file=sys.stderr)
+    if old != new:
+        print(f"{arguments.readme} differs from the rows: python -m benchmarks.readme", file=sys.stderr)
+    return 0 if old == new else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The benchmark suite: ``python -m benchmarks.run --suite all --device cpu --minutes 5``.
+
+Measures, writes the rows under benchmarks/results/<device>/, and prints one table a suite. Cases that the minutes do
+not hold are named and left out; their earlier rows stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import rows as results
+from benchmarks import tables
+from benchmarks.cases import TINY, sizes_of
+from benchmarks.suites import Case, Context
+
+# The share of the minutes that each suite may take.
+SHARES = {"overhead": 0.04, "step": 0.27, "loss": 0.15, "memory": 0.13, "perturb": 0.41}
+NOMINAL_MINUTES = 5.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=[*SHARES, "all"], default="all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=NOMINAL_MINUTES, help="time for everything that is asked for")
+    parser.add_argument("--backend", help="in place of the device's default")
+    parser.add_argument("--threads", type=int, help="in place of torch's default")
+    parser.add_argument("--only", default="", help="only cases whose name holds this")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs; writes no rows")
+    parser.add_argument("--out", type=Path, help="folder for the rows, in place of benchmarks/results/<device>")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: the GPU share of the benchmarks was not run", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+
+    device = torch.device(arguments.device)
+    context = Context(device, TINY if arguments.tiny else sizes_of(device), arguments.backend)
+    out = arguments.out or (None if arguments.tiny else results.folder(device))
+    environment = results.environment(device)
+    print(
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"backend {context.backend_name()}, commit {environment['commit']}, load {environment['load']}",
+        flush=True,
+    )
+    names = list(SHARES) if arguments.suite == "all" else [arguments.suite]
+    total = sum(SHARES[name] for name in names)
+    start = time.monotonic()
+    deadline = start
+    for name in names:
+        # What one suite leaves over, the next may use.
+        deadline += 60 * arguments.minutes * SHARES[name] / total
+        run_suite(name, context, deadline, arguments.minutes / NOMINAL_MINUTES, arguments.only, out)
+    print(f"\n{time.monotonic() - start:.0f} s")
+    return 0
+
+
+def run_suite(name: str, context: Context, deadline: float, factor: float, only: str, out: Path | None) -> None:
+    """Measure the cases of one suite until ``deadline`` and print their table."""
+    cases: list[Case] = list(importlib.import_module(f"benchmarks.suites.{name}").cases(context))
+    cases = [case for case in cases if only in case.name]
+    measured: list[results.Row] = []
+    left_out = []
+    print(f"\n== {name} ==", flush=True)
+    for case in cases:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            left_out.append(case.name)
+            continue
+        measured += case.run(min(case.seconds * factor, left))
+        gc.collect()
+    if measured:
+        print(tables.as_text(tables.table(measured)))
+        if out is not None:
+            results.save(out / f"{name}.json", measured)
+    if left_out:
+        print(f"not run, no time left: {'; '.join(left_out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The suites: each module has ``cases(context)``, what it measures, the most important first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.cases import Sizes
+from benchmarks.harness import Contender, Measurement, measure
+from benchmarks.rows import Row
+
+RHO, BETA, GAMMA = 0.05, 0.6, 0.5
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Context:
+    device: torch.device
+    sizes: Sizes
+    backend: str | None = None
+
+    def measure(self, contenders: list[Contender], seconds: float, **options: object) -> Measurement:
+        defaults = {"min_rounds": self.sizes.min_rounds, "copy_bytes": self.sizes.copy_bytes}
+        return measure(contenders, self.device, seconds=seconds, **(defaults | options))  # type: ignore[arg-type]
+
+    def backend_name(self) -> str:
+        """The backend that serves this device."""
+        from esam_kernels.backends import resolve
+
+        return resolve(self.backend, self.device).__name__.removeprefix("esam_kernels.backends.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``run(seconds)`` measures for about that long (a compilation or a minimum of rounds may take longer)."""
+
+    name: str
+    seconds: float  # of a run of five minutes
+    run: Callable[[float], list[Row]]

@@ -1,0 +1,118 @@
+"""Peak memory of training steps, each optimizer in a fresh process: SGD, SAM and ESAM, published and ours.
+
+On the CPU the peak resident set of the process, above what it held when the model was made; on CUDA the allocator's
+peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import TINY, sizes_of
+from benchmarks.rows import ROOT, Row, of_samples
+from benchmarks.suites import Case, Context
+from benchmarks.suites.step import batch, training_step
+
+STEPS = 3
+# (the row's implementation, the step's name, the method)
+OPTIMIZERS = (
+    ("SGD", "SGD alone", "ESAM"),
+    ("ESAM, ours", "ours", "ESAM"),
+    ("ESAM, published", "published", "ESAM"),
+    ("SAM, ours", "ours", "SAM"),
+    ("SAM, published", "published", "SAM"),
+    ("ESAM element, ours", "ours", "ESAM element"),
+    ("ESAM element, published", "published", "ESAM element"),
+)
+MIB = 1 << 20
+
+
+def cases(context: Context) -> Iterator[Case]:
+    title = f"{context.sizes.network} b{context.sizes.batch} fp32, {STEPS} steps"
+
+    def run(seconds: float) -> list[Row]:
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in OPTIMIZERS}
+        start = time.monotonic()
+        while True:
+            for name, step, method in OPTIMIZERS:
+                samples[name].append(in_fresh_process(context, step, method))
+            elapsed = time.monotonic() - start
+            rounds = len(samples["SGD"])
+            if elapsed + elapsed / rounds > seconds:
+                break
+        more = {"backend": context.backend_name(), "batch": context.sizes.batch}
+        rows = []
+        for name, found in samples.items():
+            peaks = [sample["peak"] for sample in found]
+            above = sorted(sample["above_model"] for sample in found)[len(found) // 2]
+            row = of_samples("memory", title, name, peaks, context.device, "MiB", above_model=round(above, 1), **more)
+            rows.append(row)
+        return [row | {"above_sgd": round(row["p50"] - rows[0]["p50"], 1)} for row in rows]
+
+    yield Case(title, 40.0, run)
+
+
+def in_fresh_process(context: Context, step: str, method: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.suites.memory", "--device", context.device.type, "--step", step]
+    command += ["--method", method, "--threads", str(torch.get_num_threads())]
+    command += ["--backend", context.backend] if context.backend else []
+    command += ["--tiny"] if context.sizes is TINY else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    # Not getrusage: its ru_maxrss begins with what the parent process held.
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024 / MIB
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MIB
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / MIB
+
+
+def child(arguments: Any) -> dict[str, float]:
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    context = Context(device, TINY if arguments.tiny else sizes_of(device), arguments.backend)
+    images, target = batch(context)
+    step = training_step(context, arguments.step, arguments.method, "SGD", "fp32")
+    before = _now(device)
+    for _ in range(STEPS):
+        step(images, target)
+    return {"peak": _peak(device), "above_model": _peak(device) - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--step", required=True)
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--backend")
+    parser.add_argument("--tiny", action="store_true")
+    print(json.dumps(child(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

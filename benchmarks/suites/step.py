@@ -1,0 +1,128 @@
+"""Whole training steps on 32x32 images: SGD, SAM and ESAM, the published way and ours, same model and batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import esam_kernels
+from benchmarks import peers
+from benchmarks.harness import Contender
+from benchmarks.rows import Row, of_measurement
+from benchmarks.suites import BETA, DTYPES, GAMMA, RHO, SGD, Case, Context
+from esam_kernels import ESAM, cross_entropy
+from examples.models import build_model
+
+CLASSES, IMAGE_SIZE = 10, 32
+# (beta, gamma, mask): SAM is ESAM at beta = gamma = 1.
+METHODS = {
+    "ESAM": (BETA, GAMMA, "tensor"),
+    "SAM": (1.0, 1.0, "tensor"),
+    "ESAM element": (BETA, GAMMA, "element"),
+}
+BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, fused=True, **SGD),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
+}
+
+
+def cases(context: Context) -> Iterator[Case]:
+    for base, dtype, method in (
+        ("SGD", "fp32", "ESAM"),
+        ("SGD", "fp32", "SAM"),
+        ("SGD", "bf16", "ESAM"),
+        ("SGD", "bf16", "SAM"),
+        ("AdamW", "fp32", "ESAM"),
+        ("AdamW", "fp32", "SAM"),
+        ("SGD", "fp32", "ESAM element"),
+        ("SGD", "bf16", "ESAM element"),
+    ):
+        title = f"{context.sizes.network} b{context.sizes.batch} {dtype} {method}({base})"
+
+        def run(seconds: float, title: str = title, case: tuple[str, str, str] = (method, base, dtype)) -> list[Row]:
+            measurement = context.measure(contenders(context, *case), seconds, with_copy=False)
+            more = {"backend": context.backend_name(), "batch": context.sizes.batch}
+            return of_measurement("step", title, measurement, context.device, **more)
+
+        yield Case(title, 10.0, run)
+
+
+def contenders(context: Context, method: str, base: str, dtype: str) -> list[Contender]:
+    """Ours, the published way, and the base optimizer alone."""
+    images, target = batch(context)
+    steps = {name: training_step(context, name, method, base, dtype) for name in ("ours", "published", f"{base} alone")}
+    if context.device.type == "cuda" and hasattr(esam_kernels, "make_graphed_step"):
+        steps["ours, graphed"] = training_step(context, "ours, graphed", method, base, dtype)
+    return [Contender(name, [lambda step=step: step(images, target)]) for name, step in steps.items()]
+
+
+def batch(context: Context) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(context.sizes.batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    target = torch.randint(CLASSES, (context.sizes.batch,), generator=generator)
+    return images.to(context.device), target.to(context.device)
+
+
+def training_step(context: Context, name: str, method: str, base: str, dtype: str) -> Callable[[Tensor, Tensor], Any]:
+    """One step of a freshly made model with one optimizer, as a function of a batch."""
+    torch.manual_seed(0)
+    model = build_model(context.sizes.network, 3, IMAGE_SIZE, CLASSES).to(context.device).train()
+    params = list(model.parameters())
+    base_optimizer = BASES[base](params)
+    beta, gamma, mask = METHODS[method]
+    criterion = cross_entropy if name.startswith("ours") else peers.library_cross_entropy
+    losses = _losses(model, criterion, context.device, dtype)
+    if name.startswith("ours"):
+        ours = ESAM(
+            params,
+            base_optimizer,
+            rho=RHO,
+            beta=beta,
+            gamma=gamma,
+            mask=mask,
+            model=model,
+            backend=context.backend,
+        )
+        if name.endswith("graphed"):
+            graphed: Callable[[Tensor, Tensor], Any] = esam_kernels.make_graphed_step(ours, losses, *batch(context))
+            return graphed
+        return lambda images, target: ours.step(losses, images, target)
+    if name == "published":
+        by_tensor = mask == "tensor"
+        published = peers.PublishedESAM(
+            params,
+            base_optimizer,
+            RHO,
+            beta=beta if by_tensor else 1.0,
+            gamma=gamma,
+            element_beta=1.0 if by_tensor else beta,
+        )
+        return lambda images, target: published.step(losses, images, target)
+
+    def plain(images: Tensor, target: Tensor) -> None:
+        with _autocast(context.device, dtype):
+            loss = F.cross_entropy(model(images), target)
+        loss.backward()
+        base_optimizer.step()
+        base_optimizer.zero_grad()
+
+    return plain
+
+
+def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, DTYPES[dtype]) if dtype != "fp32" else contextlib.nullcontext()
+
+
+def _losses(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def losses(images: Tensor, target: Tensor) -> Tensor:
+        with _autocast(device, dtype):
+            return criterion(model(images), target)
+
+    return losses

@@ -1,0 +1,103 @@
+"""Every number of the README that comes from a measurement stands in the committed rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import plots, readme, rows
+
+ROWS = [
+    {
+        "suite": "perturb",
+        "case": case,
+        "implementation": name,
+        "device": "a CPU",
+        "unit": "ms",
+        "p20": 0.9 * value,
+        "p50": value,
+        "p80": 1.1 * value,
+        "samples": 5,
+        "copy_share": 0.8 / value,
+        "torch": "2.13",
+        "threads": 2,
+        "backend": "native",
+        "commit": "abc",
+        "date": "2026-01-01",
+        "load": 0.1,
+        **({"ratio": value / 10.0} if name != "ours" else {}),
+    }
+    for case in ("ResNet-18 fp32 tensor", "ResNet-50 fp32 tensor")
+    for name, value in (("ours", 10.0), ("published", 72.0))
+]
+BLOCK = "<!-- rows:cpu/perturb ResNet-18 -->\n<!-- /rows -->\n"
+MARK = "takes 0.0<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio --> times as long"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows.save(tmp_path / "cpu" / "perturb.json", ROWS)
+    return tmp_path
+
+
+def test_readme_agrees_with_the_rows():
+    if not readme.README.exists():
+        pytest.skip("there is no README.md yet")
+    text = readme.README.read_text()
+    assert readme.differences(text, readme.rendered(text)) == []
+
+
+def test_block_is_filled_with_the_chosen_cases(folder):
+    text = readme.rendered(f"before\n{BLOCK}after\n", folder)
+    assert "| ResNet-18 fp32 tensor | 10.0 | 72.0 (7.20x) | 8 % |" in text
+    assert "ResNet-50" not in text
+    assert "torch 2.13; backend native; commit abc; 2026-01-01" in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- /rows -->\nafter\n")
+    assert readme.rendered(text, folder) == text
+
+
+def test_mark_is_rewritten_with_the_decimals_it_has(folder):
+    assert readme.rendered(MARK, folder) == MARK.replace("0.0", "7.2", 1)
+    assert readme.rendered(MARK.replace("0.0", "5", 1), folder) == MARK.replace("0.0", "7", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- rows:cpu/perturb -->\n| 1 |\n", "not closed"),
+        ("<!-- rows:cpu/nothing -->\n<!-- /rows -->\n", "does not exist"),
+        ("<!-- rows:cpu/perturb VGG -->\n<!-- /rows -->\n", "no rows"),
+        ("fast <!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->", "does not follow a number"),
+        (MARK.replace("|published|", "|compile|"), "no number"),
+        (MARK.replace("|ratio", "|torch"), "no number"),
+    ],
+)
+def test_what_no_row_supports_is_refused(folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        readme.rendered(text, folder)
+
+
+def test_check_fails_on_a_number_that_differs_from_the_rows(folder, monkeypatch, capsys):
+    path = folder / "README.md"
+    path.write_text(f"{BLOCK}\n{MARK}\n")
+
+    def command(*options):
+        monkeypatch.setattr("sys.argv", ["readme", *options, "--readme", str(path), "--results", str(folder)])
+        return readme.main()
+
+    assert command("--check") == 1
+    assert command() == 0
+    assert command("--check") == 0
+    good = path.read_text()
+    for wrong in (good.replace("7.20x", "7.30x"), good.replace("7.2<", "7.3<")):
+        assert wrong != good
+        path.write_text(wrong)
+        assert command("--check") == 1
+        assert "differs from the rows" in capsys.readouterr().err
+        assert path.read_text() == wrong
+
+
+def test_plots_are_drawn_from_the_rows(folder):
+    plots.draw(folder / "cpu")
+    assert (folder / "cpu" / "perturb_fp32.png").stat().st_size > 10_000
+    assert not (folder / "cpu" / "memory.png").exists()

@@ -1,0 +1,90 @@
+"""Every suite runs, at sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import harness, rows, run
+from benchmarks.cases import TINY, sizes_of
+from benchmarks.suites import Context, loss, memory, overhead, perturb, step
+
+CPU = torch.device("cpu")
+SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suite_runs_every_case_and_compares_ours(name):
+    for case in SUITES[name].cases(Context(CPU, TINY)):
+        found = case.run(0.0)
+        assert {row["case"] for row in found} == {case.name}
+        assert found[0]["implementation"] == "ours"
+        assert len(found) >= 2
+        assert all(row["p50"] > 0 and row["ratio"] > 0 for row in found[1:])
+        assert len({rows.key(row) for row in found}) == len(found)
+
+
+def test_memory_is_measured_in_fresh_processes():
+    found = memory.in_fresh_process(Context(CPU, TINY), "ours", "ESAM")
+    assert 0 < found["above_model"] < found["peak"]
+
+
+def test_memory_suite_compares_with_sgd(monkeypatch):
+    peaks = {"SGD alone": 100.0, "ours": 101.0, "published": 150.0}
+    monkeypatch.setattr(memory, "in_fresh_process", lambda _, step, __: {"peak": peaks[step], "above_model": 1.0})
+    (case,) = memory.cases(Context(CPU, TINY))
+    above = {row["implementation"]: row["above_sgd"] for row in case.run(0.0)}
+    assert above["ESAM, ours"] == 1.0
+    assert above["SAM, published"] == 50.0
+
+
+def test_full_run_names_every_case_once():
+    sizes = sizes_of(CPU)
+    names = [case.name for module in (*SUITES.values(), memory) for case in module.cases(Context(CPU, sizes))]
+    assert len(names) == len(set(names))
+    for network in sizes.parameters:
+        for dtype in ("fp32", "bf16"):
+            for mask in ("tensor", "element"):
+                assert f"{network} {dtype} {mask}" in names
+    assert {"cross-entropy 4096x32000", "cross-entropy 64x131072 + backward", "gather 512x3x224x224"} <= set(names)
+    assert "resnet18 b32 bf16 ESAM(SGD)" in names
+
+
+def test_run_writes_rows_and_names_what_it_left_out(tmp_path, capsys):
+    context = Context(CPU, TINY)
+    run.run_suite("overhead", context, harness.time.monotonic() + 100, 0.001, "10, tensor", tmp_path)
+    assert len(rows.load(tmp_path / "overhead.json")) == 4
+    run.run_suite("overhead", context, harness.time.monotonic() - 1, 1.0, "", None)
+    printed = capsys.readouterr().out
+    assert "SGD alone" in printed
+    assert "no time left: 2 tensors of 10, tensor; 2 tensors of 10, element" in printed
+
+
+def test_peers_move_the_weights_as_ours_does():
+    """beta = 1: a step of ours, of the loop and of foreach end at the same weights."""
+    lists = perturb.Lists(Context(CPU, TINY), TINY.parameters["tiny"](), torch.float32)
+    ends = []
+    for make in (
+        lambda: lists._ours("tensor"),
+        lambda: lists._published("published", False, 1.0),
+        lambda: lists._published("foreach", True, 1.0),
+    ):
+        lists.generator.manual_seed(1)
+        made = []
+        keep = lists.params
+        lists.params = lambda keep=keep, made=made: made.append(keep()) or made[-1]
+        contender = make()
+        lists.params = keep
+        contender.prepare()
+        contender.runs[0]()
+        ends.append([param.detach().clone() for param in made[0]])
+    for other in ends[1:]:
+        torch.testing.assert_close(other, ends[0], rtol=1e-5, atol=1e-7)
