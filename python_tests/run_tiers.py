@@ -55,6 +55,7 @@ TIERS = [
     Tier("interpret", needs("triton"), {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}),
     Tier("codegen", needs("triton")),
     Tier("native", needs_native),
+    Tier("integration"),
     Tier("examples"),
     Tier("gpu", needs_gpu),
 ]
