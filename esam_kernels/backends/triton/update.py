@@ -118,7 +118,7 @@ def sgd_tile(
     w = widen(load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
     direction = widen(load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
     if MAXIMIZE:
-        direction = -direction
+        direction *= -1.0  # unary minus would turn 0 into 0, not -0
     if WEIGHT_DECAY:
         direction = round_to(fma(w, weight_decay, direction), DTYPE)
     if MOMENTUM:
@@ -130,7 +130,7 @@ def sgd_tile(
         written = narrow(buffer, DTYPE)
         store_tile(addresses_ptr, num_tensors, MOMENTUM_BUFFER, written, start, numel, DTYPE, BLOCK, VECTORIZED)
         direction = round_to(fma(buffer, momentum, direction), DTYPE) if NESTEROV else buffer
-    updated = narrow(fma(direction, -lr, w), DTYPE)
+    updated = narrow(fma(direction, lr * -1.0, w), DTYPE)
     store_tile(addresses_ptr, num_tensors, PARAM, updated, start, numel, DTYPE, BLOCK, VECTORIZED)
 
 
@@ -254,7 +254,7 @@ def adam_tile(
     m = widen(load_tile(addresses_ptr, num_tensors, EXP_AVG, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
     v = widen(load_tile(addresses_ptr, num_tensors, EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
     if MAXIMIZE:
-        g = -g
+        g *= -1.0
     if WEIGHT_DECAY:
         if DECOUPLED:
             w = round_to(w * decay, DTYPE)
