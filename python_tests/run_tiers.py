@@ -37,6 +37,12 @@ def needs_native() -> str | None:
     return unavailable("native", torch.device("cpu"))
 
 
+def needs_distributed() -> str | None:
+    import torch
+
+    return None if torch.distributed.is_available() else "this torch is built without torch.distributed"
+
+
 def needs_gpu() -> str | None:
     import torch
 
@@ -56,6 +62,7 @@ TIERS = [
     Tier("codegen", needs("triton")),
     Tier("native", needs_native),
     Tier("integration"),
+    Tier("distributed", needs_distributed, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}),
     Tier("examples"),
     Tier("gpu", needs_gpu),
 ]
