@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,13 @@ class FlatBuffers:
                         view.copy_(param)
                     param.data = view
         self._addresses = [param.data_ptr() for param in self.params]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The parameters' copies have memory of their own: copies of the buffers would only double it.
+        return {"params": self.params}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.params, self.buffers, self._addresses = state["params"], {}, []
 
     def refresh(self) -> bool:
         """Flatten again if any parameter has left its place. Returns whether that was so."""
