@@ -171,7 +171,7 @@ def test_shapes_that_do_not_fit_are_refused(shape, target, message):
 
 
 def test_integer_logits_are_refused():
-    with pytest.raises(ValueError, match="floating point.*int64"):
+    with pytest.raises(ValueError, match=r"floating point.*int64"):
         cross_entropy(torch.zeros(4, 5, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
 
 

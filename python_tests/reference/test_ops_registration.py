@@ -128,7 +128,7 @@ def test_a_backend_that_is_not_available_is_an_error_that_says_how_to_get_it(mon
     cpu = torch.device("cpu")
     assert unavailable("reference", cpu) is None
     assert unavailable("cuda", cpu)
-    with pytest.raises(RuntimeError, match="backend 'cuda' is not available for cpu tensors: ."):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' is not available for cpu tensors: ."):
         resolve("cuda", cpu)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(RuntimeError, match="not available"):

@@ -7,8 +7,8 @@ import torch
 from esam_kernels import gather, select
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 quick = settings(max_examples=150, deadline=None)
 

@@ -1,0 +1,167 @@
+"""Schedulers of rho, beta and gamma in the shape of torch's LR schedulers."""
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from esam_kernels import ESAM, SAM
+from esam_kernels.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, RhoProportionalToLR
+
+
+def build(**kwargs):
+    return ESAM(oracles.mlp().parameters(), torch.optim.SGD, lr=0.1, **kwargs)
+
+
+def read(optimizer, name):
+    return optimizer.param_groups[0]["rho"] if name == "rho" else getattr(optimizer, name)
+
+
+def course(optimizer, schedule, name, steps):
+    values = [read(optimizer, name)]
+    for _ in range(steps):
+        schedule.step()
+        values.append(read(optimizer, name))
+        assert schedule.get_last_value() == values[-1]
+    return values
+
+
+@pytest.mark.parametrize("name", ["rho", "beta", "gamma"])
+def test_linear_goes_straight_from_start_to_end_and_stays(name):
+    optimizer = build()
+    schedule = LinearSchedule(optimizer, name, 1.0, 0.5, total_iters=4)
+    assert course(optimizer, schedule, name, 6) == [1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5]
+
+
+def test_end_is_reached_exactly():
+    """1.0 + (0.1 - 1.0) is not 0.1 in floating point."""
+    for kind in (LinearSchedule, CosineSchedule):
+        optimizer = build()
+        schedule = kind(optimizer, "gamma", 1.0, 0.1, total_iters=3)
+        assert course(optimizer, schedule, "gamma", 3)[-1] == 0.1
+
+
+def test_cosine_goes_along_half_a_cosine():
+    optimizer = build()
+    schedule = CosineSchedule(optimizer, "gamma", 0.2, 1.0, total_iters=4)
+    expected = [0.2 + 0.8 * (1 - math.cos(math.pi * min(t, 4) / 4)) / 2 for t in range(7)]
+    assert course(optimizer, schedule, "gamma", 6) == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_switches_after_total_iters():
+    optimizer = build()
+    schedule = ConstantSchedule(optimizer, "gamma", 1.0, end=0.5, total_iters=2)
+    assert course(optimizer, schedule, "gamma", 4) == [1.0, 1.0, 0.5, 0.5, 0.5]
+    assert course(optimizer, ConstantSchedule(optimizer, "beta", 0.3), "beta", 2) == [0.3] * 3
+
+
+def test_rho_is_set_in_every_group_and_used_by_the_next_step():
+    model = oracles.mlp()
+    params = list(model.parameters())
+    optimizer = SAM([{"params": params[:2]}, {"params": params[2:]}], torch.optim.SGD, lr=0.1, rho=1.0)
+    schedule = LinearSchedule(optimizer, "rho", 0.0, 3.0, total_iters=3)
+    for expected in (0.0, 1.0, 2.0, 3.0):
+        assert [group["rho"] for group in optimizer.param_groups] == [expected] * 2
+        before = oracles.weights_of(model)
+        oracles.losses_of(model)(*oracles.batch()).mean().backward()
+        optimizer.first_step(zero_grad=True)
+        moved = torch.cat([(p - w).flatten() for p, w in zip(params, before)]).norm().item()
+        optimizer.restore()
+        assert moved == pytest.approx(expected, rel=1e-4)
+        schedule.step()
+
+
+def test_k_follows_a_schedule_of_gamma():
+    model = oracles.mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    schedule = LinearSchedule(optimizer, "gamma", 1.0, 0.5, total_iters=2)
+    sizes = []
+
+    def losses(inputs, target):
+        sizes.append(len(target))
+        return oracles.losses_of(model)(inputs, target)
+
+    for _ in range(3):
+        optimizer.step(losses, *oracles.batch(16))
+        schedule.step()
+    assert sizes == [16, 16, 16, 16, 12, 16, 16, 8]
+
+
+def test_rho_follows_the_learning_rate_of_each_group():
+    params = list(oracles.mlp().parameters())
+    groups = [{"params": params[:2], "rho": 0.5}, {"params": params[2:], "lr": 1.0, "rho": 0.25}]
+    optimizer = SAM(groups, torch.optim.SGD, lr=0.1)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    schedule = RhoProportionalToLR(optimizer)
+    for power in range(4):
+        expected = [0.5 * 0.5**power, 0.25 * 0.5**power]
+        assert [group["rho"] for group in optimizer.param_groups] == pytest.approx(expected)
+        optimizer._opt_called = True
+        decay.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: LinearSchedule(o, "rho", 1.0, 0.0, total_iters=7),
+        lambda o: CosineSchedule(o, "gamma", 1.0, 0.5, total_iters=7),
+        lambda o: ConstantSchedule(o, "beta", 1.0, 0.5, total_iters=4),
+        lambda o: RhoProportionalToLR(o),
+    ],
+)
+def test_a_schedule_goes_on_where_its_state_was_saved(make):
+    optimizer = build()
+    schedule = make(optimizer)
+    for _ in range(3):
+        schedule.step()
+    saved = schedule.state_dict()
+    assert "optimizer" not in saved
+    other = build()
+    resumed = make(other)
+    resumed.load_state_dict(saved)
+    assert read(other, schedule.name) == read(optimizer, schedule.name)
+    for _ in range(5):
+        schedule.step()
+        resumed.step()
+        assert read(other, schedule.name) == read(optimizer, schedule.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda o: LinearSchedule(o, "lr", 1.0, 0.5, total_iters=3), ValueError, "name must be one of"),
+        (
+            lambda o: LinearSchedule(o, "gamma", 1.0, 0.0, total_iters=3),
+            ValueError,
+            r"gamma must lie in \(0, 1\], got 0.0",
+        ),
+        (
+            lambda o: LinearSchedule(o, "beta", 1.5, 0.5, total_iters=3),
+            ValueError,
+            r"beta must lie in \(0, 1\], got 1.5",
+        ),
+        (lambda o: LinearSchedule(o, "rho", 0.1, -0.1, total_iters=3), ValueError, "rho must be finite.*-0.1"),
+        (
+            lambda o: LinearSchedule(o, "rho", 0.1, 0.2, total_iters=0),
+            ValueError,
+            "total_iters must be an integer >= 1",
+        ),
+        (lambda o: ConstantSchedule(o, "rho", 0.1, total_iters=-1), ValueError, "total_iters must be an integer >= 0"),
+        (lambda o: LinearSchedule(o.base_optimizer, "rho", 0.1, 0.2, total_iters=2), TypeError, "ESAM or SAM, got SGD"),
+        (lambda o: RhoProportionalToLR(o.base_optimizer), TypeError, "ESAM or SAM, got SGD"),
+    ],
+)
+def test_schedules_outside_the_range_are_refused_when_they_are_built_and_set_nothing(make, error, message):
+    optimizer = build()
+    with pytest.raises(error, match=message):
+        make(optimizer)
+    assert [read(optimizer, name) for name in ("rho", "beta", "gamma")] == [0.05, 0.6, 0.5]
+
+
+def test_rho_cannot_follow_a_learning_rate_of_zero():
+    optimizer = build()
+    optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(ValueError, match="start above 0"):
+        RhoProportionalToLR(optimizer)
