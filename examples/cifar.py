@@ -86,8 +86,8 @@ def files_in(path: str, names: set[str]) -> dict[str, bytes]:
                 name = Path(member.name).name
                 if name in names and (content := archive.extractfile(member)):
                     files[name] = content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path}: wrong format: neither a directory nor a .tar.gz nor an .npz ({error})") from None
+    except (tarfile.TarError, EOFError, OSError):
+        raise UserError(f"{path}: wrong format: neither a directory nor a .tar.gz nor an .npz") from None
     return files
 
 
@@ -137,7 +137,10 @@ def read_jpeg_part(archive: np.lib.npyio.NpzFile, part: str, limit: int | None) 
     except ImportError:
         raise UserError("the CIFAR-10 JPEG archive needs Pillow: pip install pillow") from None
     content, offsets = archive[f"{part}_jpeg"].tobytes(), archive[f"{part}_offsets"].tolist()
-    labels = torch.from_numpy(archive[f"{part}_labels"]).to(torch.int64)[:limit]
+    labels = torch.from_numpy(archive[f"{part}_labels"]).to(torch.int64)
+    if len(offsets) != len(labels) + 1:
+        raise ValueError(f"{len(offsets) - 1} {part} images with {len(labels)} labels")
+    labels = labels[:limit]
     images = np.empty((len(labels), *SHAPE[1:], SHAPE[0]), dtype=np.uint8)
     for i, (start, end) in enumerate(pairwise(offsets[: len(labels) + 1])):
         images[i] = Image.open(io.BytesIO(content[start:end])).convert("RGB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -44,16 +45,11 @@ def commit() -> str | None:
 
 
 def summarise(results: list[Result]) -> list[dict[str, Any]]:
-    """A row for each optimizer, over its seeds.
-
-    The time of a training is the sum, over the epochs, of the median over the seeds: an epoch that something else on
-    the machine slowed down does not count.
-    """
+    """A row for each optimizer, over its seeds."""
     rows = []
     for name in dict.fromkeys(result["optimizer"] for result in results):
         own = [result for result in results if result["optimizer"] == name]
-        epochs = list(zip(*(result["history"] for result in own)))
-        seconds = sum(median(entry["seconds"] for entry in epoch) for epoch in epochs)
+        seconds = elapsed_seconds([result["history"] for result in own])
         rows.append(
             {
                 "optimizer": name,
@@ -61,7 +57,7 @@ def summarise(results: list[Result]) -> list[dict[str, Any]]:
                 "test_accuracy": spread([result["history"][-1]["test_accuracy"] for result in own]),
                 "train_loss": spread([result["history"][-1]["train_loss"] for result in own]),
                 "sharpness": spread([result["sharpness"] for result in own]),
-                "images_per_second": len(epochs) * own[0]["images"] / seconds,
+                "images_per_second": len(seconds) * own[0]["images"] / seconds[-1],
             }
         )
     for row in rows:
@@ -116,25 +112,24 @@ def plot(path: Path, title: str, results: list[Result]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, color in zip(dict.fromkeys(result["optimizer"] for result in results), COLORS):
         histories = [result["history"] for result in results if result["optimizer"] == name]
-        seconds = mean_elapsed_seconds(histories)
+        seconds = elapsed_seconds(histories)
         for axis, key in zip(axes, ("test_accuracy", "train_loss")):
             values = [[entry[key] for entry in epoch] for epoch in zip(*histories)]
-            axis.plot(seconds, [mean(v) for v in values], color=color, label=name)
+            axis.plot(seconds, [mean(v) for v in values], color=color, label=name, marker=".", markersize=4)
             axis.fill_between(seconds, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
     for axis, label in zip(axes, ("test accuracy (%)", "training loss")):
         axis.set(xlabel="training time (s)", ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def mean_elapsed_seconds(histories: list[list[dict[str, float]]]) -> list[float]:
-    """Time since the start of the training after each epoch, evaluation not counted."""
-    elapsed, total = [], 0.0
-    for epoch in zip(*histories):
-        total += mean(entry["seconds"] for entry in epoch)
-        elapsed.append(total)
-    return elapsed
+def elapsed_seconds(histories: list[list[dict[str, float]]]) -> list[float]:
+    """Time that training has taken after each epoch, evaluation not counted.
+
+    An epoch takes the median over the seeds: where something else slowed the machine down for one, it does not count.
+    """
+    return list(accumulate(median(entry["seconds"] for entry in epoch) for epoch in zip(*histories)))

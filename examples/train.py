@@ -41,13 +41,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data and model")
     data.add_argument("--data", choices=DATA_SETS, default="digits")
     data.add_argument("--data-path", help="CIFAR: a directory, .tar.gz or .npz")
-    data.add_argument("--label-noise", type=share, default=0.4, help="share of wrong training labels (default 0.4)")
+    data.add_argument("--label-noise", type=share, help="share of wrong training labels (default: digits 0.4, CIFAR 0)")
     data.add_argument("--limit", type=positive_int, help="only the first so many training and test images, for tries")
     data.add_argument("--model", choices=MODELS, default="cnn")
 
     training = parser.add_argument_group("training")
     training.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd", "sam", "esam"])
-    training.add_argument("--rho", type=float, help=f"radius (default {DEFAULT_RHO}; asam {DEFAULT_RHO_ASAM})")
+    training.add_argument("--rho", type=radius, help=f"radius (default {DEFAULT_RHO}; asam {DEFAULT_RHO_ASAM})")
     training.add_argument("--beta", type=float, default=0.6, help="ESAM: share of the weights perturbed (default 0.6)")
     training.add_argument("--gamma", type=float, default=0.5, help="ESAM: share of the batch in pass 2 (default 0.5)")
     training.add_argument(
@@ -57,10 +57,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--lr", type=float, default=0.05)
     training.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant")
     training.add_argument("--momentum", type=float, default=0.9)
-    training.add_argument("--weight-decay", type=float, default=0.0)
+    training.add_argument("--weight-decay", type=float, default=1e-3)
     training.add_argument("--epochs", type=positive_int, default=25)
     training.add_argument("--batch-size", type=positive_int, default=64)
-    training.add_argument("--seed", type=int, default=0, help="of the first training")
+    training.add_argument("--seed", type=seed_number, default=0, help="of the first training")
     training.add_argument("--seeds", type=positive_int, default=3, help="trainings of each optimizer (default 3)")
 
     machine = parser.add_argument_group("machine and files")
@@ -74,6 +74,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.optimizer = list(dict.fromkeys(options.optimizer))
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
+    if options.data == "digits" and options.data_path is not None:
+        parser.error("--data-path is for --data cifar10 and cifar100")
+    if options.label_noise is None:
+        options.label_noise = 0.4 if options.data == "digits" else 0.0
     return options
 
 
@@ -87,6 +91,18 @@ def share(text: str) -> float:
     if not 0.0 <= float(text) <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1]")
     return float(text)
+
+
+def radius(text: str) -> float:
+    if not 0.0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return float(text)
+
+
+def seed_number(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 2**32)")
+    return int(text)
 
 
 def find_device(name: str) -> torch.device:
@@ -106,9 +122,7 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
     last = images % options.batch_size or options.batch_size
     smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
     if options.model == "resnet18" and options.data == "digits" and smallest == 1:
-        raise UserError(
-            f"--batch-size {options.batch_size} leaves resnet18 a batch of 1 image of digits: choose another"
-        )
+        raise UserError(f"--batch-size {options.batch_size} leaves resnet18 with a batch of one digit")
 
 
 def train(options: argparse.Namespace) -> list[Result]:
@@ -177,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         report(options, train(options))
     except (UserError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except torch.OutOfMemoryError:
+        print("train.py: error: the device has too little memory: try a smaller --batch-size", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"interrupted: {how_to_resume(options, arguments)}", file=sys.stderr)

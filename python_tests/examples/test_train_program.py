@@ -1,0 +1,185 @@
+"""``python examples/train.py``: what it writes, and the lines and exit codes that users see."""
+
+import json
+import sys
+
+import progress
+import pytest
+import torch
+import train
+import trainer
+
+pytest.importorskip("sklearn")
+
+
+def test_default_path_prints_the_table_and_writes_plot_and_json(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert train.main(["--limit", "200", "--epochs", "2", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("optimizer"))
+    assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["sgd", "sam", "esam"]
+    assert (tmp_path / "digits_cnn.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads((tmp_path / "digits_cnn.json").read_text())
+    assert {"device", "threads", "torch", "esam_kernels", "commit"} <= run["environment"].keys()
+    assert [(result["optimizer"], result["seed"]) for result in run["results"]] == [
+        (name, seed) for seed in (0, 1) for name in ("sgd", "sam", "esam")
+    ]
+    assert all(len(result["history"]) == 2 for result in run["results"])
+    assert run["rows"][1]["speed_to_sam"] == 1.0
+
+
+@pytest.mark.parametrize("name", trainer.OPTIMIZERS)
+def test_every_optimizer_learns(name):
+    options = train.parse_options(
+        ["--optimizer", name, "--limit", "300", "--epochs", "3", "--seeds", "1", "--label-noise", "0"]
+    )
+    (result,) = train.train(options)
+    assert result["history"][-1]["test_accuracy"] > 30.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mask", "element"],
+        ["--amp", "bf16"],
+        ["--lr-schedule", "cosine", "--gamma-warmup", "0"],
+        ["--model", "resnet18", "--limit", "24", "--batch-size", "12"],
+    ],
+    ids=" ".join,
+)
+def test_options_train(arguments, tiny, tmp_path):
+    assert train.main([*tiny, "--epochs", "1", "--optimizer", "esam", *arguments, "--out", str(tmp_path)]) == 0
+
+
+def test_gamma_falls_from_one_over_the_share_of_the_training():
+    options = train.parse_options(["--epochs", "4", "--limit", "128", "--gamma-warmup", "0.5", "--optimizer", "esam"])
+    esam = trainer.Trainer("esam", 0, train.load("digits", limit=128), options)
+    gammas = []
+    while len(esam.history) < 4:
+        gammas.append(esam.optimizer.gamma)
+        esam.train_epoch()
+    assert gammas == [1.0, 0.75, 0.5, 0.5]
+
+
+def test_optimizers_beside_each_other_do_not_disturb_one_another(tiny):
+    alone = train.train(train.parse_options([*tiny, "--optimizer", "esam"]))
+    beside = train.train(train.parse_options([*tiny, "--optimizer", "sam", "esam"]))
+    measured = [
+        [{key: value for key, value in entry.items() if key != "seconds"} for entry in result["history"]]
+        for result in (alone[0], beside[1])
+    ]
+    assert measured[0] == measured[1]
+
+
+def test_sharpness_changes_nothing_and_is_repeatable(tiny):
+    options = train.parse_options(tiny)
+    esam = trainer.Trainer("esam", 0, train.load("digits", limit=150), options)
+    esam.train_epoch()
+    before = {name: value.clone() for name, value in esam.model.state_dict().items()}
+    sharpness = esam.sharpness(0.05)
+    assert sharpness > 0.0
+    assert sharpness == esam.sharpness(0.05)
+    assert all(torch.equal(value, before[name]) for name, value in esam.model.state_dict().items())
+    assert esam.sharpness(0.1) > sharpness
+
+
+@pytest.mark.parametrize("name", ["sgd", "sam", "esam"])
+def test_step_reads_nothing_from_the_device(name, tiny):
+    options = train.parse_options([*tiny, "--gamma-warmup", "0"])
+    data = train.load("digits", limit=150)
+    running = trainer.Trainer(name, 0, data, options)
+    images, labels = next(data.training_batches(64, torch.Generator()))
+    running.step(images, labels)
+    with torch.profiler.profile() as profile:
+        running.step(images, labels)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::convolution" in called
+    assert not called & {"aten::item", "aten::nonzero", "aten::_local_scalar_dense"}
+
+
+def test_log_has_plain_lines(tiny, tmp_path, capsys):
+    train.main([*tiny, "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err
+    assert [line for line in out.splitlines() if line.startswith("seed 0  epoch 2/2  sgd")]
+
+
+def test_terminal_has_a_bar(tiny, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.main([*tiny, "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "\r" in err
+    assert "18/18" in err
+    assert "epoch" not in out.split("optimizer")[0]
+
+
+def test_terminal_without_tqdm_has_plain_lines(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "tqdm", None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.main([*tiny, "--out", str(tmp_path)])
+    assert "seed 0  epoch 1/2" in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_table_and_the_json_remain(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train.main([*tiny, "--optimizer", "sgd", "--out", str(tmp_path)]) == 0
+    assert "no plot: pip install matplotlib" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["digits_cnn.json"]
+
+
+def run_expecting_an_error(arguments, tmp_path, capsys):
+    try:
+        code = train.main([*arguments, "--out", str(tmp_path / "out")])
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "5000"], "--batch-size 5000 is larger than the training set, 1347 images"),
+        (["--limit", "10"], "--batch-size 64 is larger than the training set, 10 images"),
+        (["--batch-size", "0"], "--batch-size: 0 is not 1 or more"),
+        (["--model", "resnet18", "--batch-size", "2"], "a batch of one digit"),
+        (["--device", "cuda:99"], "no such device: cuda:99"),
+        (["--device", "nonsense"], "no such device: nonsense"),
+        (["--device", "meta"], "no such device: meta"),
+        (["--optimizer", "adam"], "invalid choice: 'adam'"),
+        (["--optimizer", "esam", "--beta", "0"], "beta must lie in (0, 1]"),
+        (["--optimizer", "esam", "--gamma", "1.5"], "gamma must lie in (0, 1]"),
+        (["--rho", "-1"], "--rho: -1 is not 0 or more"),
+        (["--lr", "-1", "--optimizer", "sgd"], "Invalid learning rate: -1"),
+        (["--label-noise", "2"], "--label-noise: 2 does not lie in [0, 1]"),
+        (["--seed", "-1"], "--seed: -1 does not lie in"),
+        (["--resume"], "--resume needs --checkpoint"),
+        (["--resume", "--checkpoint", "nowhere"], "nothing to resume: no such file: nowhere"),
+        (["--data-path", "somewhere"], "--data-path is for"),
+        (["--data", "cifar10"], "needs --data-path"),
+        (["--data", "cifar10", "--data-path", "nowhere"], "no such file or directory: nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_user_errors_are_one_line_with_exit_code_2(arguments, message, tmp_path, capsys):
+    assert message in run_expecting_an_error(arguments, tmp_path, capsys)
+
+
+def test_missing_scikit_learn_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install scikit-learn" in run_expecting_an_error([], tmp_path, capsys)
+
+
+def test_backend_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ESAM_KERNELS_BACKEND", "nonsense")
+    assert "nonsense" in run_expecting_an_error([], tmp_path, capsys)
+
+
+def test_directory_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert "out" in run_expecting_an_error([], tmp_path, capsys)
