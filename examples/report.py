@@ -102,8 +102,11 @@ def write_json(path: Path, device: torch.device, options: dict[str, Any], result
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def plot(path: Path, title: str, results: list[Result]) -> None:
-    """Test accuracy and training loss against time: the mean over the seeds, and a band from lowest to highest."""
+def plot(path: Path, title: str, results: list[Result], against: str = "training time (s)") -> None:
+    """Test accuracy and training loss: the mean over the seeds, and a band from lowest to highest.
+
+    ``against`` is the horizontal axis, "training time (s)" or "epoch".
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,13 +115,13 @@ def plot(path: Path, title: str, results: list[Result]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, color in zip(dict.fromkeys(result["optimizer"] for result in results), COLORS):
         histories = [result["history"] for result in results if result["optimizer"] == name]
-        seconds = elapsed_seconds(histories)
+        position = elapsed_seconds(histories) if against != "epoch" else [entry["epoch"] for entry in histories[0]]
         for axis, key in zip(axes, ("test_accuracy", "train_loss")):
             values = [[entry[key] for entry in epoch] for epoch in zip(*histories)]
-            axis.plot(seconds, [mean(v) for v in values], color=color, label=name, marker=".", markersize=4)
-            axis.fill_between(seconds, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+            axis.plot(position, [mean(v) for v in values], color=color, label=name, marker=".", markersize=4)
+            axis.fill_between(position, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
     for axis, label in zip(axes, ("test accuracy (%)", "training loss")):
-        axis.set(xlabel="training time (s)", ylabel=label)
+        axis.set(xlabel=against, ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
