@@ -1,0 +1,153 @@
+// One launch that walks over many tensors: the table of their addresses travels as the kernel's own argument (32,764
+// bytes at most, since CUDA 12.1), so that nothing has to be uploaded, cached, or kept alive for a CUDA graph.
+//
+// Each tensor is cut into blocks of 8 KiB a list. A whole block whose addresses are all 16-byte aligned is read and
+// written in 128-bit accesses; everything else (tails, views such as t[1:]) element by element, exactly to its end.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "../device/numbers.h"
+#include "launch.cuh"
+
+namespace esam::cuda {
+
+using device::kPackSize;
+using device::Pack;
+
+constexpr int kMaxTensors = 448;  // of a table: the largest, Adam's, then fits into a kernel's arguments
+constexpr int kPacks = 2;         // 128-bit accesses in flight for each list and thread: 32 KiB a multiprocessor and up
+constexpr size_t kMaxArgumentBytes = 32764;
+
+// Blocks of threads of kernels that begin with a sum over all partials, or end with one slot of it: about eight a
+// multiprocessor on H100 and B200.
+constexpr int kMaxPrograms = kNumPartials;
+
+template <typename T>
+constexpr int kBlock = kThreads* kPacks* kPackSize<T>;
+
+template <int kLists>
+struct Table {
+  void* address[kLists][kMaxTensors];
+  int64_t numel[kMaxTensors];
+  int32_t first_block[kMaxTensors + 1];
+  int32_t num_tensors;
+  bool aligned[kMaxTensors];  // all addresses, to 16 bytes
+
+  __device__ int num_blocks() const { return first_block[num_tensors]; }
+
+  __device__ int tensor_of(int block) const {
+    int low = 0, high = num_tensors - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (first_block[middle] <= block) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
+// What an operation of the streaming kernel has:
+//   Element: the storage type. kLists; reads(list), writes(list): what it does with each.
+//   Table, Arguments: what the kernel is given.
+//   an __device__ constructor from Arguments, executed by all threads of a block together;
+//   enter(table, tensor): before the blocks of a tensor, by all threads together;
+//   apply(pack, first): changes the packs in place, of the elements from number `first` of the tensor on;
+//   leave(): at the end, by all threads together.
+template <typename Op, int N>
+__device__ void read(const typename Op::Table& table, int tensor, int64_t first,
+                     Pack<typename Op::Element, N> (&packs)[Op::kLists]) {
+  using P = Pack<typename Op::Element, N>;
+#pragma unroll
+  for (int list = 0; list < Op::kLists; ++list) {
+    if (!Op::reads(list)) continue;
+    const auto* const data = static_cast<const typename Op::Element*>(table.address[list][tensor]);
+    packs[list] = *reinterpret_cast<const P*>(data + first);
+  }
+}
+
+template <typename Op, int N>
+__device__ void write(const typename Op::Table& table, int tensor, int64_t first,
+                      const Pack<typename Op::Element, N> (&packs)[Op::kLists]) {
+  using P = Pack<typename Op::Element, N>;
+#pragma unroll
+  for (int list = 0; list < Op::kLists; ++list) {
+    if (!Op::writes(list)) continue;
+    auto* const data = static_cast<typename Op::Element*>(table.address[list][tensor]);
+    *reinterpret_cast<P*>(data + first) = packs[list];
+  }
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    stream(const __grid_constant__ typename Op::Table table, const __grid_constant__ typename Op::Arguments arguments) {
+  using T = typename Op::Element;
+  constexpr int N = kPackSize<T>;
+  Op op(arguments);
+  for (int block = blockIdx.x; block < table.num_blocks(); block += gridDim.x) {
+    const int tensor = table.tensor_of(block);
+    const int64_t start = static_cast<int64_t>(block - table.first_block[tensor]) * kBlock<T>;
+    const int64_t left = table.numel[tensor] - start;
+    op.enter(table, tensor);
+    if (left >= kBlock<T> && table.aligned[tensor]) {
+      Pack<T, N> packs[kPacks][Op::kLists];
+      const int64_t first = start + threadIdx.x * N;
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) read<Op, N>(table, tensor, first + i * kThreads * N, packs[i]);
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        op.apply(packs[i], first + i * kThreads * N);
+        write<Op, N>(table, tensor, first + i * kThreads * N, packs[i]);
+      }
+    } else {
+      const int64_t end = start + (left < kBlock<T> ? left : kBlock<T>);
+      for (int64_t i = start + threadIdx.x; i < end; i += kThreads) {
+        Pack<T, 1> pack[Op::kLists];
+        read<Op, 1>(table, tensor, i, pack);
+        op.apply(pack, i);
+        write<Op, 1>(table, tensor, i, pack);
+      }
+    }
+  }
+  op.leave();
+}
+
+// Launches Op over all tensors, kMaxTensors at a time. `finish(table, first)` fills in what a table holds beside the
+// addresses, for the tensors from number `first` on, and returns the Arguments.
+template <typename Op, typename Finish>
+void stream_over(const Tensors& tensors, int max_programs, bool even_if_empty, cudaStream_t cuda_stream,
+                 const Finish& finish) {
+  static_assert(sizeof(typename Op::Table) + sizeof(typename Op::Arguments) + 16 <= kMaxArgumentBytes);
+  constexpr int64_t block = kBlock<typename Op::Element>;
+  const int total = static_cast<int>(tensors.numels.size());
+  for (int first = 0; first < total || (first == 0 && even_if_empty); first += kMaxTensors) {
+    typename Op::Table table;
+    table.num_tensors = std::min(total - first, kMaxTensors);
+    int64_t blocks = 0;
+    for (int i = 0; i < table.num_tensors; ++i) {
+      uint64_t bits = 0;
+      for (int list = 0; list < Op::kLists; ++list) {
+        const int64_t address = tensors.lists[list][first + i];
+        table.address[list][i] = reinterpret_cast<void*>(address);
+        bits |= static_cast<uint64_t>(address);
+      }
+      table.aligned[i] = bits % device::kPackBytes == 0;
+      table.numel[i] = tensors.numels[first + i];
+      table.first_block[i] = static_cast<int32_t>(blocks);
+      blocks += (table.numel[i] + block - 1) / block;
+      if (blocks > std::numeric_limits<int32_t>::max() / 2) throw std::invalid_argument("too many elements");
+    }
+    table.first_block[table.num_tensors] = static_cast<int32_t>(blocks);
+    const typename Op::Arguments arguments = finish(table, first);
+    const int64_t programs = std::min<int64_t>(blocks, max_programs);
+    if (programs == 0 && !even_if_empty) continue;
+    launch(stream<Op>, std::max<int64_t>(programs, 1), /*cooperative=*/false, cuda_stream, table, arguments);
+  }
+}
+
+}  // namespace esam::cuda
