@@ -106,6 +106,7 @@ class ESAM(Optimizer):
         self.replay_noise = True
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _group_defaults({}, rho, adaptive)
         base, own = _build_base(params, base_optimizer, base_kwargs)
         added = [
             {**values, **_group_defaults({**group, **values}, rho, adaptive)}
