@@ -1,12 +1,14 @@
 """What the tests compare with, written from the paper's equations in plain Python and float64, and small models.
 
-Nothing here uses the package, so that an error in it cannot hide in both.
+No equation here uses the package, so that an error in it cannot hide in both.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -183,3 +185,31 @@ def same_bits(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b)) for a, b in zip(left, right)
     )
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def snapshot(model, optimizer=None):
+    """Everything that a refused call might change."""
+    tensors = [*model.state_dict().values(), *[p.grad for p in model.parameters() if p.grad is not None]]
+    state = None
+    if optimizer is not None:
+        state = copy.deepcopy(optimizer.base_optimizer.state_dict()["param_groups"])
+        tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    extra = (optimizer._perturbation.step, optimizer.beta, optimizer.gamma) if optimizer is not None else ()
+    flags = [(p.requires_grad, p.grad is None, p.data_ptr()) for p in model.parameters()]
+    return [t.detach().clone() for t in tensors], state, extra, flags, torch.get_rng_state()
+
+
+def assert_unchanged(before, after):
+    assert same_bits(before[0], after[0])
+    assert before[1:4] == after[1:4]
+    assert torch.equal(before[4], after[4])
+
+
+def assert_refused(call, error, message, model, optimizer=None):
+    before = snapshot(model, optimizer)
+    with pytest.raises(error, match=message):
+        call()
+    assert_unchanged(before, snapshot(model, optimizer))

@@ -1,0 +1,120 @@
+"""Contract point 12: batches and losses that cannot be are refused with what was wrong, and nothing is changed."""
+
+import oracles
+import pytest
+import torch
+
+from esam_kernels import ESAM, gather, select
+
+
+def trained(**kwargs):
+    model = oracles.noisy_mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **kwargs)
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ((torch.empty(0, 6), torch.empty(0, dtype=torch.int64)), ValueError, "the batch is empty"),
+        ((torch.ones(4, 6), torch.ones(3)), ValueError, r"different numbers of samples: \[4, 3\]"),
+        ((torch.ones(4, 6), torch.tensor(1)), ValueError, "no dimensions: the batch must be in front"),
+        ((1.0, "name"), ValueError, "the batch holds no tensors"),
+        (({"x": torch.ones(4, 6)}, {"y": {1, 2}}), TypeError, "the batch holds a set"),
+    ],
+)
+def test_a_bad_batch_is_refused_before_anything_is_computed(batch, error, message):
+    model, optimizer = trained()
+
+    def losses(*_):
+        raise AssertionError("called")
+
+    oracles.assert_refused(lambda: optimizer.step(losses, *batch), error, message, model, optimizer)
+
+
+@pytest.mark.parametrize("micro_batch", [0, -1, 1.5])
+def test_a_bad_micro_batch_is_refused_before_anything_is_computed(micro_batch):
+    model, optimizer = trained()
+    message = f"micro_batch must be a positive integer, got {micro_batch}"
+
+    def step():
+        optimizer.step(oracles.losses_of(model), *oracles.batch(), micro_batch=micro_batch)
+
+    oracles.assert_refused(step, ValueError, message, model, optimizer)
+
+
+def test_options_of_the_batch_without_a_batch_are_refused():
+    model, optimizer = trained()
+
+    def step():
+        optimizer.step(lambda: None, micro_batch=4)
+
+    oracles.assert_refused(step, ValueError, "need the batch", model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda losses: losses.mean(), r"one floating-point number per sample, shape \(b,\), got torch.float32 \(\)"),
+        (lambda losses: losses[:, None], r"got torch.float32 \(12, 1\)"),
+        (lambda losses: losses[:5], r"hold 5 samples, the batch 12"),
+        (lambda losses: losses.tolist(), r"got list"),
+        (lambda losses: losses.long(), r"got torch.int64 \(12,\)"),
+        (lambda losses: None, r"got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_losses_that_are_not_one_number_a_sample_are_refused_in_every_pass_and_change_no_weight(change, message, call):
+    model, optimizer = trained()
+    before, calls = oracles.snapshot(model, optimizer), []
+    if call == 3:
+        message = message.replace("the batch 12", "the batch 6").replace("12", "6")
+
+    def losses(inputs, target):
+        calls.append(1)
+        result = oracles.losses_of(model)(inputs, target)
+        return change(result) if len(calls) == call else result
+
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(losses, *oracles.batch())
+    assert len(calls) == call
+    weights = len(list(model.parameters()))
+    assert oracles.same_bits(before[0][:2], oracles.snapshot(model)[0][:2])
+    assert [p.data_ptr() for p in model.parameters()] == [pointer for *_, pointer in before[3]]
+    assert oracles.same_bits(oracles.weights_of(model), oracles.weights_of(trained()[0]))
+    assert len(optimizer.state) == weights
+    assert before[1] == optimizer.base_optimizer.state_dict()["param_groups"]
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3), torch.ones(4), torch.ones(4)), "loss_before hold 3 samples, the batch 4"),
+        ((torch.ones(4), torch.ones(3), torch.ones(4)), "loss_after hold 3 samples, the batch 4"),
+        ((torch.ones(()), torch.ones(4), torch.ones(4)), "loss_before must be one floating-point number per sample"),
+        ((torch.ones(4), torch.ones(4), torch.ones(4), torch.ones(2)), "different numbers of samples"),
+        ((torch.ones(4), torch.ones(4)), "no tensors"),
+        ((torch.ones(0), torch.ones(0), torch.ones(0)), "empty"),
+    ],
+)
+def test_select_of_the_optimizer_refuses_sizes_that_differ(arguments, message):
+    model, optimizer = trained()
+    oracles.assert_refused(lambda: optimizer.select(*arguments), ValueError, message, model, optimizer)
+
+
+@pytest.mark.parametrize("k", [0, -1, 5])
+def test_select_refuses_k_outside_the_batch(k):
+    with pytest.raises(ValueError, match=rf"k must lie in \[1, 4\], got {k}"):
+        select(torch.ones(4), torch.ones(4), k)
+
+
+def test_gather_refuses_what_cannot_be_indexed_by_sample():
+    indices = torch.tensor([0])
+    with pytest.raises(TypeError, match="the batch holds a set"):
+        gather(indices, torch.ones(3), {1, 2})
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        gather(indices, torch.ones(3), torch.ones(2))
+    with pytest.raises(ValueError, match="indices must be int64"):
+        gather(torch.tensor([0.5]), torch.ones(3))
