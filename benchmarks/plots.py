@@ -20,7 +20,7 @@ COLOURS = {
     OURS: "#c1440e",
     "ours, graphed": "#e8871e",
     "published": "#4a5568",
-    "published, drawing": "#2d3748",
+    "published, drawing": "#9aa3b2",
     "foreach": "#6b8fb5",
     "foreach, drawing": "#9fb8d1",
     "compile": "#2f6f73",
@@ -67,13 +67,13 @@ def bars(
     axes.margins(y=0.01)
     axes.set_xlim(0, longest * 1.12)
     axes.set_xlabel(axis)
-    axes.set_title(title, fontsize=11)
+    environment = rows[0]
+    where = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
+    figure.suptitle(title, fontsize=11)
+    axes.set_title(where, fontsize=7, color="#666666")
     axes.spines[["top", "right"]].set_visible(False)
     # Below the axis: inside it would cover bars.
     figure.legend(loc="outside lower center", ncols=min(5, len(seen)), frameon=False, fontsize=8)
-    environment = rows[0]
-    where = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
-    axes.text(1.0, 1.005, where, transform=axes.transAxes, ha="right", va="bottom", fontsize=6, color="#666666")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -115,7 +115,7 @@ def draw(folder: Path) -> None:
     stages = [row for row in perturb if "stage:" in row["case"]]
     title = "Stage by stage: share of the copy bandwidth"
     bars(stages, folder / "stages.png", title, "% of the copy bandwidth", _share, _percent, 100.0)
-    title = "Losses, selection, gather: how many times longer than ours"
+    title = "Losses, selection, gather: a peer's time over ours"
     bars(rows("loss"), folder / "loss.png", title, "time / our time", _ratio, _times, 1.0)
     title = "Optimizer step over tensors with nothing to compute: host time"
     bars(rows("overhead"), folder / "overhead.png", title, "microseconds a step", _median)
