@@ -24,6 +24,7 @@ NATIVE_SOURCES = [
     "csrc/cpu/parallel.cpp",
     "csrc/cpu/perturbation.cpp",
     "csrc/cpu/selection.cpp",
+    "csrc/host.cpp",
 ]
 
 # -ffp-contract=off: products are fused into sums only where the source says so, else two instruction sets would differ.

@@ -15,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from esam_kernels import ops
 from esam_kernels.backends import resolve
+from esam_kernels.tensor_lists import are_alike
 
 
 def can_fuse(base: Optimizer, backend: str, params: Sequence[Tensor]) -> bool:
@@ -41,23 +42,15 @@ def can_fuse(base: Optimizer, backend: str, params: Sequence[Tensor]) -> bool:
 def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
     if group["differentiable"] or any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
         return False
-    for param in group["params"]:
-        if param.grad is None:
-            continue
-        state = base.state.get(param, {})
-        tensors = [param.grad, *(state[name] for name in _LIKE_PARAMETER if state.get(name) is not None)]
-        if not all(_lies_like(tensor, param) for tensor in tensors):
+    params = [param for param in group["params"] if param.grad is not None]
+    if not are_alike([param.grad for param in params], params):
+        return False
+    states = [base.state.get(param, {}) for param in params]
+    for name in _LIKE_PARAMETER:
+        held = [(state[name], param) for state, param in zip(states, params) if state.get(name) is not None]
+        if held and not are_alike([tensor for tensor, _ in held], [param for _, param in held]):
             return False
     return True
-
-
-def _lies_like(tensor: Tensor, param: Tensor) -> bool:
-    return (
-        tensor.layout == param.layout
-        and tensor.dtype == param.dtype
-        and tensor.device == param.device
-        and tensor.stride() == param.stride()
-    )
 
 
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
+from esam_kernels.tensor_lists import are_alike
 
 __all__ = [
     "NUM_PARTIALS",
@@ -42,19 +43,24 @@ def _check(condition: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def _check_parallel(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+def _check_parallel(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
+    if are_alike(tensors, params):
+        return
     _check(len(tensors) == len(params), lambda: f"{name} has {len(tensors)} tensors, params has {len(params)}")
     for i, (tensor, param) in enumerate(zip(tensors, params)):
         _check(
-            tensor.shape == param.shape and tensor.dtype == param.dtype and tensor.stride() == param.stride(),
-            lambda: (
-                f"{name}[{i}] ({tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}) does not match "
-                f"params[{i}] ({param.dtype}, shape {tuple(param.shape)}, strides {param.stride()})"
-            ),
+            are_alike([tensor], [param]),
+            lambda: f"{name}[{i}] ({_lie(tensor)}) does not match params[{i}] ({_lie(param)})",
         )
 
 
-def _check_blocks(params: Sequence[Tensor], grads: Sequence[Tensor], groups: Sequence[int], num_groups: int) -> None:
+def _lie(tensor: Tensor) -> str:
+    """How a tensor lies in memory, for a message."""
+    strides = f", strides {tensor.stride()}" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} on {tensor.device}, shape {tuple(tensor.shape)}{strides}"
+
+
+def _check_blocks(params: list[Tensor], grads: list[Tensor], groups: Sequence[int], num_groups: int) -> None:
     _check(len(params) > 0, lambda: "params is empty")
     _check(len(groups) == len(params), lambda: f"groups has {len(groups)} numbers, params has {len(params)} tensors")
     _check(min(groups) >= 0 and max(groups) < num_groups, lambda: f"groups must lie in [0, {num_groups}), got {groups}")

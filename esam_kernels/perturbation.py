@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
 from esam_kernels.fused_update import can_fuse, restore_and_step
 from esam_kernels.selection import check_share
+from esam_kernels.tensor_lists import are_alike, are_unshared
 
 MASKS = ("tensor", "element")
 RADII = ("paper", "released")
@@ -194,21 +194,18 @@ class StochasticWeightPerturbation:
         self._check_gradients(may_lack_gradients)
         if average_over is not None:
             distributed.average_gradients([self.params[i] for i in self.drawn()], average_over)
-        gradients = self._gradients()
-        if not gradients or not any(radii):
+        indices, grads = self._gradients()
+        if not grads or not any(radii):
             self.is_perturbed = True
             return
         if not is_capturing():
             self.upload()
-        indices = [i for i, _ in gradients]
         params = [self.params[i] for i in indices]
-        grads = [grad for _, grad in gradients]
         groups = [self._groups[i] for i in indices]
-        del gradients
         adaptive = [bool(group["adaptive"]) for group in self._param_groups]
         partials = self._operators.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
         may_reuse = gradients_are_free and not self.is_sharded
-        free = [may_reuse and _is_ours_alone(grads, j) for j in range(len(grads))]
+        free = are_unshared(grads) if may_reuse else [False] * len(grads)
         backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
         for ours in (True, False):
             chosen = [j for j, is_free in enumerate(free) if is_free is ours]
@@ -254,27 +251,36 @@ class StochasticWeightPerturbation:
         return 1.0 / math.sqrt(self.beta) if estimated else 1.0
 
     def _check_gradients(self, may_lack: bool) -> None:
-        if not may_lack and all(param.grad is None for param in self.params):
-            raise RuntimeError("no parameter has a gradient: call backward before first_step")
+        has_gradient = False
         for i, param in enumerate(self.params):
-            if param.grad is not None and param.grad.layout is not torch.strided:
-                raise RuntimeError(f"parameter {i} has a sparse gradient ({param.grad.layout}), which is not supported")
-
-    def _gradients(self) -> list[tuple[int, Tensor]]:
-        """The gradients of the drawn parameters, with the dtype and the strides of their parameters."""
-        found: dict[int, Tensor] = {}
-        for i in self.drawn():
-            param = self.params[i]
             grad = param.grad
-            if grad is None or param.numel() == 0:
-                continue
+            if grad is not None:
+                has_gradient = True
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
+        if not (has_gradient or may_lack):
+            raise RuntimeError("no parameter has a gradient: call backward before first_step")
+
+    def _gradients(self) -> tuple[list[int], list[Tensor]]:
+        """The gradients of the drawn parameters, and their numbers, lying in memory as the parameters do.
+
+        Those of tied parameters are added up, under the first one's number.
+        """
+        given = [(i, grad) for i in self.drawn() if (grad := self.params[i].grad) is not None and grad.numel()]
+        indices, grads = [i for i, _ in given], [grad for _, grad in given]
+        alike = are_alike(grads, [self.params[i] for i in indices])
+        if alike and not self._is_tied and not any(grad.requires_grad for grad in grads):
+            return indices, grads
+        found: dict[int, Tensor] = {}
+        for i, grad in given:
+            param = self.params[i]
             if grad.dtype != param.dtype or grad.stride() != param.stride() or grad.requires_grad:
                 grad = torch.empty_like(param).copy_(grad.detach())
             owner = self._tied_to[i]
             if owner != i:  # of the same memory, if perhaps of another shape
                 grad = grad.as_strided(self.params[owner].size(), self.params[owner].stride())
             found[owner] = found[owner] + grad if owner in found else grad
-        return list(found.items())
+        return list(found), list(found.values())
 
     # -- w + e -> w ----------------------------------------------------------------------------------------------------
 
@@ -312,31 +318,3 @@ def _element_offsets(params: Sequence[Tensor]) -> list[int]:
         offsets.append(position + distributed.first_element(param))
         position += -(-param.numel() // _OFFSET_STEP) * _OFFSET_STEP
     return offsets
-
-
-def _holders(tensors: list[Tensor], i: int) -> tuple[int, int]:
-    """How many hold the tensor in Python, and how many its memory."""
-    storage = tensors[i].untyped_storage()
-    return sys.getrefcount(tensors[i]), torch._C._storage_Use_Count(storage._cdata)
-
-
-def _is_ours_alone(grads: list[Tensor], i: int) -> bool:
-    """Whether nobody but the parameter (and ``grads``) holds this gradient, so that its memory may be reused.
-
-    No: the views that DistributedDataParallel makes into its buckets, and gradients that the user has kept.
-    """
-    if _holders(grads, i) != _HOLDERS_OF_A_FRESH_GRADIENT:
-        return False
-    return not grads[i].requires_grad and grads[i].untyped_storage().nbytes() == grads[i].nbytes
-
-
-def _holders_of_a_fresh_gradient() -> tuple[int, int]:
-    # Counted, not known: how many references Python and torch hold themselves differs from version to version.
-    with torch.enable_grad(), torch.inference_mode(False):
-        param = torch.zeros(1, requires_grad=True, device="cpu")
-        (param * 2.0).sum().backward()
-    grads = [grad for grad in (param.grad,) if grad is not None]
-    return _holders(grads, 0)
-
-
-_HOLDERS_OF_A_FRESH_GRADIENT = _holders_of_a_fresh_gradient()

@@ -48,6 +48,8 @@ def _load() -> tuple[Any, str | None]:
 
 
 _native, _reason = _load()
+extension = _native
+"""The compiled module; None where it cannot be used."""
 
 
 def unavailable(device: torch.device) -> str | None:

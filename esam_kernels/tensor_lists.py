@@ -1,0 +1,66 @@
+"""Questions about whole lists of tensors that a step asks every time: in C++ where the extension is built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from esam_kernels.backends import native
+
+
+def _are_alike(tensors: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether each tensor lies in memory as its parameter does: same device, dtype, shape and strides, all dense."""
+    return len(tensors) == len(params) and all(
+        tensor.layout == param.layout == torch.strided
+        and tensor.dtype == param.dtype
+        and tensor.device == param.device
+        and tensor.shape == param.shape
+        and tensor.stride() == param.stride()
+        for tensor, param in zip(tensors, params)
+    )
+
+
+def _holders(tensors: list[Tensor], i: int) -> tuple[int, int]:
+    """How many hold the tensor in Python (the list is one of them), and how many its memory."""
+    storage = tensors[i].untyped_storage()
+    return sys.getrefcount(tensors[i]), torch._C._storage_Use_Count(storage._cdata)
+
+
+def _are_held_alone(tensors: list[Tensor], objects: int, storage: int) -> list[bool]:
+    """For each tensor, whether it has so many holders, needs no gradient and fills its storage."""
+    return [
+        _holders(tensors, i) == (objects, storage)
+        and not tensors[i].requires_grad
+        and tensors[i].untyped_storage().nbytes() == tensors[i].nbytes
+        for i in range(len(tensors))
+    ]
+
+
+_in_cpp = native.extension
+are_alike: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
+_count_holders: Callable[[list[Tensor], int], tuple[int, int]] = _in_cpp.holders if _in_cpp else _holders
+_compare_holders: Callable[[list[Tensor], int, int], list[bool]] = (
+    _in_cpp.are_held_alone if _in_cpp else _are_held_alone
+)
+
+
+def are_unshared(grads: list[Tensor]) -> list[bool]:
+    """For each gradient, whether nobody but its parameter (and this list) holds it, so that its memory may be reused.
+
+    No: the views that DistributedDataParallel makes into its buckets, and gradients that the user has kept.
+    """
+    return _compare_holders(grads, *_HOLDERS_OF_A_FRESH_GRADIENT)
+
+
+def _holders_of_a_fresh_gradient() -> tuple[int, int]:
+    # Counted, not known: how many references Python and torch hold themselves differs from version to version.
+    with torch.enable_grad(), torch.inference_mode(False):
+        param = torch.zeros(1, requires_grad=True, device="cpu")
+        (param * 2.0).sum().backward()
+    return _count_holders([grad for grad in (param.grad,) if grad is not None], 0)
+
+
+_HOLDERS_OF_A_FRESH_GRADIENT = _holders_of_a_fresh_gradient()
