@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,9 +15,10 @@ from esam_kernels.backends import reference
 from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.backends.triton.blocks import TRITON_DTYPES, on, widen
 
-MAX_SELECT_BYTES = 65536  # of keys that one program holds in registers without spilling, at MAX_SELECT_WARPS
+MAX_SELECT_BYTES = 32768  # of keys that one program holds in registers; twice as many spill
 MAX_SELECT_WARPS = 16
 SELECT_SAMPLES_PER_WARP = 512  # 16 samples a thread
+GATHER_WARPS = 4
 GATHER_LANES = 1024  # of a program: 8 lanes a thread, four 128-bit accesses where rows allow them
 
 
@@ -36,22 +38,20 @@ def ordered_key(x):
     return tl.where(x == x, key, 0)
 
 
-@triton.jit(do_not_specialize=["samples", "k", "before_stride", "after_stride"])
+@triton.jit(do_not_specialize=["samples", "k"])
 def select_kernel(
     indices_ptr,
     before_ptr,
     after_ptr,
     samples,
     k,
-    before_stride,
-    after_stride,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.arange(0, BLOCK)
     present = sample < samples
-    before = widen(tl.load(before_ptr + sample.to(tl.int64) * before_stride, mask=present, other=0), COMPUTE)
-    after = widen(tl.load(after_ptr + sample.to(tl.int64) * after_stride, mask=present, other=0), COMPUTE)
+    before = widen(tl.load(before_ptr + sample, mask=present, other=0), COMPUTE)
+    after = widen(tl.load(after_ptr + sample, mask=present, other=0), COMPUTE)
     key = ordered_key(after - before)
     # the largest threshold that at least k keys reach is the k-th largest key
     threshold = tl.zeros((), key.dtype)
@@ -81,12 +81,10 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     with on(loss_before.device):
         select_kernel[(1,)](
             indices,
-            loss_before,
-            loss_after,
+            loss_before.contiguous(),
+            loss_after.contiguous(),
             samples,
             k,
-            loss_before.stride(0),
-            loss_after.stride(0),
             COMPUTE=TRITON_DTYPES[compute],
             BLOCK=block,
             num_warps=select_warps(block),
@@ -132,6 +130,24 @@ def gather_kernel(
     tl.store(destination_ptr + row * lanes + lane, x, mask=(row < rows) & (lane < lanes))
 
 
+class RowShape(NamedTuple):
+    """How rows of bytes are cut into lanes, and lanes into programs."""
+
+    lane: tl.dtype
+    lanes: int
+    vector: int
+    tile_rows: int
+    tile_lanes: int
+
+
+def row_shape(row_bytes: int, width: int) -> RowShape:
+    """``width``: how many bytes, at most 16, divide every row, stride and address."""
+    lane_bytes = min(width, 8)
+    lanes = row_bytes // lane_bytes
+    tile_lanes = min(triton.next_power_of_2(lanes), GATHER_LANES)
+    return RowShape(_LANES[lane_bytes], lanes, width // lane_bytes, GATHER_LANES // tile_lanes, tile_lanes)
+
+
 def gather(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     return [_gather(tensor, indices) for tensor in tensors]
 
@@ -157,23 +173,19 @@ def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
 def _copy_rows(source: Tensor, destination: Tensor, indices: Tensor) -> None:
     row_bytes = source[0].numel() * source.itemsize
     stride_bytes = source.stride(0) * source.itemsize
-    width = math.gcd(row_bytes, stride_bytes, source.data_ptr(), destination.data_ptr(), 16)
-    lane_bytes = min(width, 8)
-    lanes = row_bytes // lane_bytes
-    block = min(triton.next_power_of_2(lanes), GATHER_LANES)
-    rows = GATHER_LANES // block
+    rows = row_shape(row_bytes, width=math.gcd(row_bytes, stride_bytes, source.data_ptr(), destination.data_ptr(), 16))
     with on(source.device):
-        gather_kernel[(triton.cdiv(len(indices), rows) * triton.cdiv(lanes, block),)](
+        gather_kernel[(triton.cdiv(len(indices), rows.tile_rows) * triton.cdiv(rows.lanes, rows.tile_lanes),)](
             source.data_ptr(),
             destination.data_ptr(),
             indices,
             source.shape[0],
             len(indices),
-            lanes,
-            stride_bytes // lane_bytes,
-            LANE=_LANES[lane_bytes],
-            VECTOR=width // lane_bytes,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=4,
+            rows.lanes,
+            stride_bytes // (row_bytes // rows.lanes),
+            LANE=rows.lane,
+            VECTOR=rows.vector,
+            ROWS=rows.tile_rows,
+            BLOCK=rows.tile_lanes,
+            num_warps=GATHER_WARPS,
         )

@@ -39,7 +39,7 @@ BACKUP = tl.constexpr(1)
 GRAD = tl.constexpr(2)
 
 # A copy of bits needs no floating-point type.
-_BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def restore_kernel(addresses_ptr, layout_ptr, num_tensors, num_blocks, DTYPE: tl
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     for device, dtype, indices in buckets(params):
         blocks = table([pick(params, indices), pick(backups, indices)])
-        stream_over(restore_kernel, blocks, device, _BITS[dtype.itemsize], block_size(dtype))
+        stream_over(restore_kernel, blocks, device, BITS[dtype.itemsize], block_size(dtype))
 
 
 # -- SGD ---------------------------------------------------------------------------------------------------------------
