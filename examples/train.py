@@ -126,44 +126,58 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
 
 
 def train(options: argparse.Namespace) -> list[Result]:
-    """All trainings: seed by seed, and within a seed epoch by epoch in turn, so that all see the same machine."""
+    """All trainings, seed by seed."""
     device = find_device(options.device)
-    torch.backends.cudnn.deterministic = True
-    compared = {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
-    state: dict[str, Any] = {"options": compared, "results": [], "trainers": {}}
-    if options.resume:
-        state = load_checkpoint(options.checkpoint, compared, device)
-    elif options.checkpoint and (Path(options.checkpoint) / FILE).exists():
-        raise UserError(f"{options.checkpoint} holds a checkpoint already: add --resume, or name another directory")
+    torch.backends.cudnn.deterministic = True  # resuming with the same bits needs it
+    saved = starting_point(options, device)
     data = load(options.data, options.data_path, options.limit).to(device)
     check_batches(options, data)
 
-    results: list[Result] = state["results"]
-    steps = -(-len(data.train_labels) // options.batch_size) * options.epochs
-    finished = len(results) * steps
-    with Progress(total=options.seeds * len(options.optimizer) * steps, done=finished) as progress:
+    results: list[Result] = saved["results"]
+    finished_seeds = {result["seed"] for result in results}
+    epochs_done = sum(len(run["history"]) for run in [*results, *saved["trainers"].values()])
+    steps_per_epoch = -(-len(data.train_labels) // options.batch_size)
+    total = options.seeds * len(options.optimizer) * options.epochs * steps_per_epoch
+    with Progress(total, done=epochs_done * steps_per_epoch) as progress:
         for seed in range(options.seed, options.seed + options.seeds):
-            if any(result["seed"] == seed for result in results):
+            if seed in finished_seeds:
                 continue
             noisy = with_label_noise(data, options.label_noise, seed)
             trainers = [Trainer(name, seed, noisy, options) for name in options.optimizer]
             for trainer in trainers:
-                if trainer.name in state["trainers"]:
-                    trainer.load_state_dict(state["trainers"][trainer.name])
-            state["trainers"] = {}
-            for epoch in range(len(trainers[0].history), options.epochs):
-                for trainer in trainers:
-                    trainer.train_epoch(progress.step)
-                progress.report(f"seed {seed}  epoch {epoch + 1}/{options.epochs}  {accuracies(trainers)}")
-                if options.checkpoint:
-                    states = {trainer.name: trainer.state_dict() for trainer in trainers}
-                    save_checkpoint(options.checkpoint, {"options": compared, "results": results, "trainers": states})
+                if state := saved["trainers"].pop(trainer.name, None):
+                    trainer.load_state_dict(state)
+            train_in_turn(trainers, options, progress, results)
             results += [trainer.result() for trainer in trainers]
     return results
 
 
-def accuracies(trainers: list[Trainer]) -> str:
-    return "  ".join(f"{trainer.name} {trainer.history[-1]['test_accuracy']:.1f} %" for trainer in trainers)
+def starting_point(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The results of finished seeds, and the states of the trainers of the seed that is not."""
+    if options.resume:
+        return load_checkpoint(options.checkpoint, compared_options(options), device)
+    if options.checkpoint and (Path(options.checkpoint) / FILE).exists():
+        raise UserError(f"{options.checkpoint} holds a checkpoint already: add --resume, or name another directory")
+    return {"results": [], "trainers": {}}
+
+
+def compared_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in NOT_COMPARED}
+
+
+def train_in_turn(
+    trainers: list[Trainer], options: argparse.Namespace, progress: Progress, results: list[Result]
+) -> None:
+    """The trainings of one seed, epoch by epoch in turn, so that all see the same machine."""
+    for epoch in range(len(trainers[0].history), options.epochs):
+        for trainer in trainers:
+            trainer.train_epoch(progress.step)
+        accuracies = "  ".join(f"{trainer.name} {trainer.history[-1]['test_accuracy']:.1f} %" for trainer in trainers)
+        progress.report(f"seed {trainers[0].seed}  epoch {epoch + 1}/{options.epochs}  {accuracies}")
+        if options.checkpoint:
+            states = {trainer.name: trainer.state_dict() for trainer in trainers}
+            state = {"options": compared_options(options), "results": results, "trainers": states}
+            save_checkpoint(options.checkpoint, state)
 
 
 def report(options: argparse.Namespace, results: list[Result]) -> None:

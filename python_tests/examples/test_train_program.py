@@ -115,6 +115,18 @@ def test_terminal_has_a_bar(tiny, tmp_path, capsys, monkeypatch):
     assert "epoch" not in out.split("optimizer")[0]
 
 
+def test_bar_of_a_resumed_run_starts_where_it_was(tiny, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    arguments = [*tiny, "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
+    train.main(arguments)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.main([*arguments, "--resume"])
+    err = capsys.readouterr().err
+    assert "18/18" in err
+    assert "0/18" not in err
+
+
 def test_terminal_without_tqdm_has_plain_lines(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "tqdm", None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import train
-from conftest import EXAMPLES
 from trainer import Trainer
 
 pytest.importorskip("sklearn")
@@ -80,11 +80,11 @@ def test_interrupted_run_says_how_to_resume_and_continues_bit_for_bit(undisturbe
 def start(directory):
     """The program in a process of its own, once its first epoch is over."""
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "train.py"), *program(directory)],
+        [sys.executable, train.__file__, *program(directory)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert process.stdout.readline().startswith("seed 0  epoch 1/3")
     deadline = time.monotonic() + 60
