@@ -20,10 +20,11 @@ def main(epochs: int = 5, **arguments) -> float:
     accelerator = Accelerator(**arguments)
     images, labels = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
+    loader = DataLoader(TensorDataset(images[:1400], labels[:1400]), batch_size=64, shuffle=True)
+    model, loader = accelerator.prepare(model, loader)
     esam = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, model=model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(esam, T_max=22 * epochs)
-    loader = DataLoader(TensorDataset(images[:1400], labels[:1400]), batch_size=64, shuffle=True)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, esam, loader, scheduler)
+    optimizer, scheduler = accelerator.prepare(esam, scheduler)
 
     def losses(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(model(images), labels)
@@ -31,9 +32,10 @@ def main(epochs: int = 5, **arguments) -> float:
     for _ in range(epochs):
         for batch in loader:
             noise = RandomState([accelerator.device])
-            loss_before = losses(*batch)
-            loss = loss_before.mean()
-            esam.backward(accelerator.scaler.scale(loss) if accelerator.scaler else loss)
+            with accelerator.no_sync(model):  # each process perturbs for its own batch
+                loss_before = losses(*batch)
+                loss = loss_before.mean()
+                esam.backward(accelerator.scaler.scale(loss) if accelerator.scaler else loss)
             esam.first_step(zero_grad=True)
             with torch.no_grad(), noise.replay():
                 loss_after = losses(*batch)

@@ -21,8 +21,9 @@ class ESAMTrainer(Trainer):
                 return cross_entropy(logits, batch["labels"])
 
         noise = RandomState([self.args.device])
-        loss_before = losses(inputs)
-        esam.backward(loss_before.mean())
+        with self.accelerator.no_sync(model):  # each process perturbs for its own batch
+            loss_before = losses(inputs)
+            esam.backward(loss_before.mean())
         esam.first_step(zero_grad=True)
         with torch.no_grad(), noise.replay():
             loss_after = losses(inputs)

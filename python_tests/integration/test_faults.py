@@ -231,8 +231,8 @@ def test_training_goes_on_after_a_nan_batch_in_the_middle(mask):
 LONG = bool(os.environ.get("ESAM_KERNELS_LONG_TESTS"))
 SOAK_STEPS = 20_000 if LONG else 500
 WARM_UP_STEPS = 100
-# Python's objects must not grow, but for what the interpreter caches; the process by no more than malloc's slack.
-GROWTH_IN_PYTHON = 32 * 1024
+# Python's own caches fill up over some hundred steps; the process may grow by the slack of malloc.
+GROWTH_IN_PYTHON = 96 * 1024
 GROWTH_OF_PROCESS = 8 * 1024 * 1024
 
 

@@ -211,6 +211,10 @@ def test_a_disabled_scaler_is_no_scaler():
         plain.step(losses_of(plain_model), *batch(number))
         torch.manual_seed(number)
         step_with_scaler(optimizer, disabled, losses_of(model), *batch(number), way)
+    torch.manual_seed(9)
+    plain.step(poison(losses_of(plain_model), {0}), *batch(9))
+    torch.manual_seed(9)
+    optimizer.step(poison(losses_of(model), {0}), *batch(9), scaler=disabled)
     assert_same_bits(snapshot(plain_model), snapshot(model))
 
 

@@ -1,0 +1,81 @@
+"""docs/training.md: its snippets run, and the tests that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "training.md"
+FENCE = re.compile(r"^```python *(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def snippets() -> list[tuple[str, str, str]]:
+    """(the heading and number, the mark, the code) of each snippet."""
+    text = PAGE.read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        heading = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)[-1:]
+        line = text[: match.start()].count("\n") + 2
+        # Line numbers of an error are then those of the page.
+        found.append((f"{(heading or ['start'])[0]}, line {line}", match[1], "\n" * (line - 1) + match[2]))
+    return found
+
+
+SNIPPETS = snippets()
+SETUP = [code for _, mark, code in SNIPPETS if mark == "setup"]
+RUNNABLE = [(name, code) for name, mark, code in SNIPPETS if mark == ""]
+
+
+def execute(code: str, namespace: dict) -> None:
+    exec(compile(code, str(PAGE), "exec"), namespace)
+
+
+def test_marks_are_known_and_every_section_has_a_snippet_that_runs_or_an_example():
+    assert len(SETUP) == 1
+    assert {mark for _, mark, _ in SNIPPETS} == {"", "setup", "no-run"}
+    assert len(RUNNABLE) >= 15
+
+
+@pytest.mark.parametrize(("name", "code"), RUNNABLE, ids=[name for name, _ in RUNNABLE])
+def test_snippet_runs(name, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    execute(SETUP[0], namespace)
+    before = [param.detach().clone() for param in namespace["model"].parameters()]
+    execute(code, namespace)
+    model, optimizer = namespace["model"], namespace["optimizer"]
+    optimizer.state_dict()  # refuses perturbed weights
+    assert all(param.isfinite().all() for param in model.parameters())
+    if "frozen_batch_norm" not in code:
+        assert any(not (param == old).all() for param, old in zip(model.parameters(), before)), "nothing was trained"
+
+
+@pytest.mark.parametrize("name", [name for name, mark, _ in SNIPPETS if mark == "no-run"])
+def test_snippet_that_is_not_run_is_python(name):
+    ast.parse(next(code for other, _, code in SNIPPETS if other == name))
+
+
+def test_examples_that_the_page_names_exist():
+    named = set(re.findall(r"(examples/(?!test_)[\w/]+\.py)", PAGE.read_text()))
+    assert named
+    assert all((ROOT / path).exists() for path in named)
+
+
+def test_tests_that_the_page_names_exist():
+    named = re.findall(r"`(\w+/test_\w+\.py)::(\w+)`", PAGE.read_text())
+    assert len(named) > 50
+    for path, test in named:
+        tree = ast.parse((ROOT / "python_tests" / path).read_text())
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert test in functions, f"{path} has no {test}"
+
+
+def test_each_row_of_the_tables_names_a_test():
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and line != "| | test |"]
+    assert len(rows) >= 35
+    for row in rows:
+        assert re.search(r"`\w+/test_\w+\.py::\w+`", row), row
