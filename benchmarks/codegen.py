@@ -188,7 +188,7 @@ def cases() -> list[Case]:
 # -- Compiling and disassembling ---------------------------------------------------------------------------------------
 
 
-def compile_case(case: Case, architecture: int) -> bytes:
+def compile_case(case: Case, architecture: int) -> triton.compiler.CompiledKernel:
     signature, attributes = {}, {}
     for parameter in case.kernel.params:
         name = parameter.name
@@ -201,8 +201,7 @@ def compile_case(case: Case, architecture: int) -> bytes:
         else:
             signature[name] = parameter.annotation_type or "i32"
     source = ASTSource(case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
-    return bytes(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
 
 
 @dataclass
@@ -297,7 +296,7 @@ def loop_instructions(graph: dict[str, BasicBlock]) -> int:
 
 
 def measure(case: Case, architecture: int) -> dict[str, float]:
-    graph, registers = disassemble(compile_case(case, architecture))
+    graph, registers = disassemble(compile_case(case, architecture).asm["cubin"])
     opcodes = [instruction.opcode for block in graph.values() for instruction in block.instructions]
     instructions = loop_instructions(graph) if case.walks else len(opcodes)
     return {
