@@ -31,6 +31,12 @@ format: $(READY)
 codegen: $(READY)
 	$(RUN) benchmarks/codegen.py
 
+# The CPU's share of the benchmarks: rows and plots under benchmarks/results, and the README's tables from them.
+bench: $(READY)
+	$(RUN) -m benchmarks.run --suite all --device cpu --minutes 5
+	$(RUN) -m benchmarks.readme
+	$(RUN) -m benchmarks.plots
+
 doctor: $(READY)
 	$(RUN) -m esam_kernels doctor
 

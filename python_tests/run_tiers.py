@@ -64,6 +64,7 @@ TIERS = [
     Tier("integration"),
     Tier("distributed", needs_distributed, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}),
     Tier("examples"),
+    Tier("benchmarks"),
     Tier("gpu", needs_gpu),
 ]
 
