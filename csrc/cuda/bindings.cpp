@@ -114,14 +114,8 @@ void restore_adam_(const Where& where, int dtype, Lists lists, Numbers numels, c
                    double beta2, double eps, double weight_decay, bool amsgrad, bool maximize, bool decoupled) {
   const Tensors tensors = tensors_of(std::move(lists), std::move(numels), amsgrad ? 6 : 5);
   check_length(step_addresses.empty() ? steps.size() : step_addresses.size(), tensors);
-  const Adam adam{learning_rate(lr, lr_address, lr_is_float64),
-                  beta1,
-                  beta2,
-                  eps,
-                  weight_decay,
-                  decoupled,
-                  amsgrad,
-                  maximize};
+  const Adam adam{
+      learning_rate(lr, lr_address, lr_is_float64), beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
   const On on(where);
   restore_adam(tensors, step_addresses, steps, adam, static_cast<Dtype>(dtype), on.stream);
 }

@@ -26,7 +26,7 @@ constexpr size_t kMaxArgumentBytes = 32764;
 constexpr int kMaxPrograms = kNumPartials;
 
 template <typename T>
-constexpr int kBlock = kThreads* kPacks* kPackSize<T>;
+constexpr int kBlock = kThreads * kPacks * kPackSize<T>;
 
 template <int kLists>
 struct Table {

@@ -57,8 +57,8 @@ __device__ Pack<T, N> gradient_pack(const CrossEntropy& inputs, int64_t row, int
 }
 
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ CrossEntropy inputs,
-                                                     const float* grad_losses, const float* lse, T* gradient) {
+__global__ void __launch_bounds__(kThreads)
+    backward(const __grid_constant__ CrossEntropy inputs, const float* grad_losses, const float* lse, T* gradient) {
   constexpr int kRows = kThreads / kSize;
   constexpr int N = kPackSize<T>;
   const int thread = threadIdx.x % kSize;
@@ -102,9 +102,8 @@ void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* lse
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const bool by_warp = rows_of_block(inputs) > 1;
-    const auto kernel = is_weighted(inputs)
-                            ? (by_warp ? forward<T, true, kWarp> : forward<T, true, kThreads>)
-                            : (by_warp ? forward<T, false, kWarp> : forward<T, false, kThreads>);
+    const auto kernel = is_weighted(inputs) ? (by_warp ? forward<T, true, kWarp> : forward<T, true, kThreads>)
+                                            : (by_warp ? forward<T, false, kWarp> : forward<T, false, kThreads>);
     launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, losses, lse);
   });
 }

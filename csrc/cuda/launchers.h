@@ -67,7 +67,8 @@ struct Adam {
 };
 
 // lists: params, backups, grads, exp_avgs, exp_avg_sqs, and with amsgrad the max_exp_avg_sqs.
-// The steps, this one included, are float32 numbers on the device at `step_addresses`, or, where that is empty, `steps`.
+// The steps, this one included, are float32 numbers on the device at `step_addresses`, or, where that is empty,
+// `steps`.
 void restore_adam(const Tensors& tensors, const Addresses& step_addresses, const std::vector<float>& steps,
                   const Adam& adam, Dtype dtype, cudaStream_t stream);
 
@@ -111,8 +112,8 @@ struct Rows {
 
 void gather(const std::vector<Rows>& tensors, const int64_t* indices, int64_t k, cudaStream_t stream);
 
-// B+ in one launch. Where logits are given (rows > 0), the losses are computed from them first, and written to where the
-// selection reads them; `before` and `after` share dtype, classes and smoothing. One cooperative launch: the blocks
+// B+ in one launch. Where logits are given (rows > 0), the losses are computed from them first, and written to where
+// the selection reads them; `before` and `after` share dtype, classes and smoothing. One cooperative launch: the blocks
 // wait for each other twice. Where the device has none, or a batch has more than kMaxGathered tensors, the same phases
 // run as launches of their own.
 void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after, const Selection& selection,

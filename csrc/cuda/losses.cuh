@@ -16,9 +16,8 @@ constexpr int64_t kMaxClassesOfWarp = 2048;
 
 __device__ inline RowSums merge_over_warp(RowSums row) {
   for (int lane = kWarp / 2; lane > 0; lane /= 2) {
-    const RowSums other{
-        __shfl_xor_sync(kAllLanes, row.max, lane), __shfl_xor_sync(kAllLanes, row.exponentials, lane),
-        __shfl_xor_sync(kAllLanes, row.weights, lane), __shfl_xor_sync(kAllLanes, row.weighted, lane)};
+    const RowSums other{__shfl_xor_sync(kAllLanes, row.max, lane), __shfl_xor_sync(kAllLanes, row.exponentials, lane),
+                        __shfl_xor_sync(kAllLanes, row.weights, lane), __shfl_xor_sync(kAllLanes, row.weighted, lane)};
     row = device::merge(row, other);
   }
   return row;

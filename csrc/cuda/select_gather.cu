@@ -111,10 +111,10 @@ struct GatherTable {
   const char* source[kMaxGathered];
   char* destination[kMaxGathered];
   int64_t lanes_of_row[kMaxGathered];
-  int64_t segments[kMaxGathered];          // of a row
+  int64_t segments[kMaxGathered];  // of a row
   int64_t first_unit[kMaxGathered + 1];
   int8_t lane_bytes[kMaxGathered];
-  int16_t threads_of_row[kMaxGathered];    // a power of two
+  int16_t threads_of_row[kMaxGathered];  // a power of two
   int32_t num_tensors;
   int64_t k;
 };

@@ -325,21 +325,22 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
 
 
 def gather(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
-    k = len(indices)
-    launch: Callable[..., None] = _cuda.gather
-    return _gather(tensors, indices, k, lambda rows: launch(_where(indices.device), rows, indices.data_ptr(), k))
+    indices = indices.contiguous()
+    k, address = len(indices), indices.data_ptr()
+    return _gather(tensors, indices, k, lambda rows: _cuda.gather(_where(indices.device), rows, address, k))
 
 
 def _gather(
     tensors: Sequence[Tensor], indices: Tensor, k: int, launch: Callable[[list[tuple[int, int, int]]], None]
 ) -> list[Tensor]:
     """The rows of each tensor: of those whose rows lie one after the other by ``launch``, of others as always."""
-    indices = indices if indices.is_contiguous() else indices.contiguous()
     gathered: list[Tensor | None] = [None] * len(tensors)
     rows = []
     for i, tensor in enumerate(tensors):
         if tensor.device == indices.device and _rows_are_dense(tensor):
-            taken = torch.empty_strided((k, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            taken = torch.empty_strided(
+                (k, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
             rows.append((tensor.data_ptr(), taken.data_ptr(), tensor.stride(0) * tensor.element_size()))
             gathered[i] = taken
     launch(rows)

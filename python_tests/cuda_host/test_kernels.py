@@ -1,0 +1,176 @@
+"""Every kernel of csrc/cuda against the reference and float64, thread by thread on the CPU."""
+
+from __future__ import annotations
+
+import operator_checks as checks
+import pytest
+import torch
+
+from esam_kernels.backends import reference
+from esam_kernels.doctor import self_check
+
+# Where threads of a block exchange something, they run in two orders.
+in_both_orders = pytest.mark.usefixtures("order")
+dtypes = pytest.mark.parametrize("dtype", checks.DTYPES)
+shifts = pytest.mark.parametrize("shift", [0, 1])
+
+
+@in_both_orders
+@shifts
+@dtypes
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norm(backend, device, dtype, adaptive, shift):
+    checks.check_norm(backend, device, dtype, adaptive, shift)
+
+
+def test_norm_of_extremes(backend, device):
+    checks.check_norm_of_extremes(backend, device)
+
+
+def test_norm_of_more_tensors_than_a_table_holds(backend, device):
+    checks.check_norm_of_many(backend, device)
+
+
+@shifts
+@dtypes
+@pytest.mark.parametrize("over_grads", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_perturb_is_bitwise(backend, device, dtype, masked, over_grads, shift):
+    checks.check_perturb(backend, device, dtype, masked, over_grads, shift)
+
+
+@in_both_orders
+@dtypes
+def test_mask_at_every_bound(backend, device, dtype):
+    checks.check_mask_alone(backend, device, dtype)
+
+
+@dtypes
+def test_bad_norms_move_nothing(backend, device, dtype):
+    checks.check_bad_norms(backend, device, dtype)
+
+
+@shifts
+@pytest.mark.parametrize("dtype", [*checks.DTYPES, torch.float64])
+def test_restore_is_bitwise(backend, device, dtype, shift):
+    checks.check_restore(backend, device, dtype, shift)
+
+
+@dtypes
+@pytest.mark.parametrize("variant", checks.SGD_VARIANTS)
+def test_sgd(backend, device, dtype, variant):
+    for first, lr_dtype, shift in ((True, None, 0), (False, torch.float64, 0), (False, torch.float32, 1)):
+        checks.check_sgd(backend, device, dtype, variant, first, lr_dtype, shift)
+
+
+@dtypes
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam(backend, device, dtype, amsgrad, decoupled):
+    for maximize, lr_dtype, shift in ((False, None, 0), (True, torch.float32, 1)):
+        checks.check_adam(backend, device, dtype, amsgrad, decoupled, maximize, device, lr_dtype, shift)
+
+
+def test_adam_with_steps_counted_on_the_host(backend, monkeypatch):
+    """As on a GPU without capturable=True: the counters are elsewhere than the tensors."""
+    given = []
+
+    def count_on_host(steps, device):
+        torch._foreach_add_(list(steps), 1)
+        given.append(len(steps))
+        return [], [step.item() for step in steps]
+
+    monkeypatch.setattr(backend, "_count_steps", count_on_host)
+    for dtype in checks.DTYPES:
+        checks.check_adam(backend, torch.device("cpu"), dtype, False, True, False, torch.device("cpu"), None, 0)
+    assert len(given) == 3
+
+
+@in_both_orders
+@dtypes
+@pytest.mark.parametrize("kind", checks.TARGETS)
+@pytest.mark.parametrize("classes", checks.CLASSES)
+def test_cross_entropy(backend, device, dtype, kind, classes):
+    checks.check_cross_entropy(backend, device, dtype, kind, classes)
+
+
+@dtypes
+def test_cross_entropy_of_rows_anywhere(backend, device, dtype):
+    checks.check_cross_entropy_layouts(backend, device, dtype)
+
+
+def test_cross_entropy_of_extremes(backend, device):
+    checks.check_cross_entropy_extremes(backend, device)
+
+
+@in_both_orders
+@dtypes
+@pytest.mark.parametrize("samples", [1, 2, 31, 256, 257, 512])
+def test_select(backend, device, dtype, samples):
+    checks.check_select(backend, device, dtype, samples)
+
+
+@in_both_orders
+def test_select_of_more_samples_than_keys_are_kept(backend, device):
+    checks.check_select(backend, device, torch.float32, 4500)
+
+
+@in_both_orders
+def test_gather(backend, device):
+    checks.check_gather(backend, device)
+
+
+@in_both_orders
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(10, torch.float32), (100, torch.bfloat16), (1001, torch.float16), (2050, torch.float32)]
+)
+def test_losses_select_gather(backend, device, dtype, classes):
+    checks.check_losses_select_gather(backend, device, dtype, classes)
+
+
+@pytest.mark.parametrize("cooperative", [True, False])
+def test_losses_selection_and_gather_are_one_launch(backend, device, emulated, cooperative):
+    """Where the device has cooperative launches; elsewhere one for each phase."""
+    emulated.set_emulator(False, cooperative)
+    before, target, _ = checks.logits_and_target(device, torch.float32, "index", 10)
+    after = before.flip(0)
+    # which launch it is, is remembered for each kernel and device: the kernels of this dtype are used here only
+    dtype = torch.float32 if cooperative else torch.bfloat16
+    emulated.take_launches()
+    backend.losses_select_gather(before.to(dtype), after.to(dtype), 5, [before, target], target)
+    assert emulated.take_launches() >= 1
+
+
+def test_each_stage_is_one_launch(backend, device, emulated):
+    params, grads = (checks.random_values(seed, torch.float32) for seed in range(2))
+    groups = [0] * len(params)
+    offsets = [4 * i for i in range(len(params))]
+    emulated.take_launches()
+    partials = backend.norm_partials(params, grads, groups, [False], 0.0)
+    assert emulated.take_launches() == 1
+    scale = torch.ones(1, dtype=torch.float64)
+    backend.perturb_(params, grads, [], groups, offsets, partials, scale, [False], 0.0, 1.0, 1e-12, None)
+    assert emulated.take_launches() == 1
+    backend.restore_sgd_(params, grads, grads, params, False, 0.1, None, 0.9, 0.0, 0.0, False, False)
+    assert emulated.take_launches() == 1
+    backend.gather([*params[:4]], torch.zeros(1, dtype=torch.int64))
+    assert emulated.take_launches() == 1
+
+
+def test_self_check_of_the_doctor(backend, device):
+    assert self_check(backend, device) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_what_the_kernels_do_not_take_goes_to_the_reference(backend, device, emulated, dtype):
+    """float64, and tensors that are not dense."""
+    params, grads = (checks.random_values(seed, dtype) for seed in range(2))
+    emulated.take_launches()
+    partials = backend.norm_partials(params, grads, [0] * len(params), [False], 0.0)
+    assert torch.equal(partials, reference.norm_partials(params, grads, [0] * len(params), [False], 0.0))
+    gaps = torch.zeros(20, 4)[:, :2]
+    backend.restore_([gaps], [torch.ones(20, 4)[:, :2]])
+    assert (gaps == 1).all()
+    losses = torch.randn(9, dtype=dtype)
+    assert torch.equal(backend.select(losses, losses.flip(0), 4), reference.select(losses, losses.flip(0), 4))
+    assert emulated.take_launches() == 0
