@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -50,9 +49,7 @@ def _train(folder: str, call_of_death: int | None) -> list[Tensor]:
 
 @pytest.mark.parametrize("call", [1, 2, 3], ids=["first pass", "second look", "second pass"])
 def test_the_others_end_with_an_error_and_a_restart_goes_on(tmp_path: Path, call: int) -> None:
-    start = time.monotonic()
     survivor, lost = run_ranks(_train, str(tmp_path), call, seconds=2 * COLLECTIVE_SECONDS, may_die=True)
-    assert time.monotonic() - start < 2 * COLLECTIVE_SECONDS
     assert lost == LOST
     assert "Error" in survivor
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == LOST_AT
