@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from training import (
     ADAMW,
     ADAPTIVE,
@@ -46,6 +47,34 @@ def test_micro_batches_accumulate_as_in_one_process() -> None:
     options = {**SGD, **ELEMENT}
     got = run_ranks(train_on_ranks, "ddp", options, 10, {"micro_batch": 4})
     assert_same(got, train_replicas(options, 10, parts_per_rank=2))
+
+
+def test_a_step_reduces_the_gradients_once() -> None:
+    counts, _ = run_ranks(_reductions)
+    assert counts["plain"] > 0
+    assert set(counts.values()) == {counts["plain"]}
+
+
+def _reductions() -> dict[str, int]:
+    """How many buckets were reduced in three steps."""
+    counts = {}
+    for name, step in {"plain": None, "esam": {}, "micro": {"micro_batch": 4}}.items():
+        model = wrap(build_model())
+        reduced: list[int] = []
+        model.register_comm_hook(reduced, _count)
+        optimizer = ESAM(model.parameters(), model=model, **SGD, **TENSOR)
+        for parts in batches(3):
+            if step is None:
+                losses_of(model)(*parts[dist.get_rank()]).mean().backward()
+            else:
+                optimizer.step(losses_of(model), *parts[dist.get_rank()], **step)
+        counts[name] = len(reduced)
+    return counts
+
+
+def _count(reduced, bucket):  # DDP refuses annotations that are strings
+    reduced.append(bucket.index())
+    return allreduce_hook(dist.group.WORLD, bucket)
 
 
 @pytest.mark.parametrize("step", [{}, {"micro_batch": 4}], ids=["whole", "micro"])
