@@ -124,7 +124,7 @@ def plot(path: Path, title: str, results: list[Result], against: str = "training
         axis.set(xlabel=against, ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    axes[1].legend(frameon=False, loc="upper right")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
