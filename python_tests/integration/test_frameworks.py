@@ -191,7 +191,7 @@ def small_trainer(example, batches: list, folder: Path, dropout: float = 0.0, **
 
 
 def test_trainer_example_learns(trainer_example):
-    assert trainer_example.main(disable_tqdm=True, use_cpu=True) > 0.4
+    assert trainer_example.main(epochs=4, disable_tqdm=True, use_cpu=True) > 0.25
 
 
 @pytest.mark.parametrize("bf16", [False, True])

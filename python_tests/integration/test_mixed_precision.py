@@ -113,7 +113,7 @@ def test_grad_scaler_changes_nothing_while_gradients_are_finite(base, way, mask)
         plain.step(losses_of(plain_model), *batch(number))
         torch.manual_seed(number)
         step_with_scaler(scaled, scaler, losses_of(scaled_model), *batch(number), way)
-    if "fused" in base:  # torch's fused kernels unscale inside, and round in another order
+    if base != "sgd":  # an update that is fused, by torch or by a backend, rounds in another order
         for name, value in snapshot(plain_model).items():
             torch.testing.assert_close(snapshot(scaled_model)[name], value, rtol=1e-5, atol=1e-6)
     else:
