@@ -1,4 +1,7 @@
-"""Builds the C++ extension ``esam_kernels._native`` where a compiler and torch are at hand; all else is pyproject.toml.
+"""Builds the extensions; all else is pyproject.toml.
+
+``esam_kernels._cuda`` is built by csrc/cuda/build_cuda.py, which says how. ``esam_kernels._native``, the C++ extension
+for the CPU, is built here, where a compiler and torch are at hand.
 
 ``ESAM_KERNELS_NATIVE=auto|0|1``: ``auto`` (the default) builds it if it can and otherwise says in one line why not,
 ``0`` leaves it out, ``1`` fails where it cannot be built. torch is at hand under ``--no-build-isolation``: pip's
@@ -7,12 +10,16 @@ isolated build has none, and fetching a second torch, perhaps of another version
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
 from typing import Any
 
 from setuptools import setup
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "cuda"))
+import build_cuda
 
 NATIVE_SOURCES = [
     "csrc/bindings.cpp",
@@ -69,6 +76,7 @@ def native_extension() -> tuple[Any, type]:
     extension = CppExtension(
         "esam_kernels._native",
         NATIVE_SOURCES,
+        depends=sorted(glob.glob("csrc/**/*.[hi]*", recursive=True)),
         define_macros=[("ESAM_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args=COMPILE_FLAGS,
     )
@@ -110,4 +118,4 @@ def extension_arguments() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build_extension}}
 
 
-setup(**extension_arguments())
+setup(**build_cuda.added_to(extension_arguments()))

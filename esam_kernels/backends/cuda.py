@@ -224,11 +224,12 @@ def restore_adam_(
     decoupled_weight_decay: bool,
 ) -> None:
     device = params[0].device
-    lists = [params, backups, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
+    states = (params, backups, grads, exp_avgs, exp_avg_sqs)
+    lists = [*states, *([max_exp_avg_sqs] if amsgrad else [])]
     rest = (beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay)
     rate = _number(lr, lr_tensor, device)
     if rate is None or not (_floating(params) and _is_served(*lists) and all(map(_is_counter, steps))):
-        return reference.restore_adam_(*lists[:5], max_exp_avg_sqs, steps, lr, lr_tensor, *rest)
+        return reference.restore_adam_(*states, max_exp_avg_sqs, steps, lr, lr_tensor, *rest)
     counters, taken = _count_steps(steps, device)
     for dtype, indices in _by_dtype(params):
         _cuda.restore_adam(
@@ -375,22 +376,17 @@ def losses_select_gather(
         Losses before and after, float32 (b,), indices (k,) and the rows of each tensor.
     """
     device = after.device
-    given = [logits for logits in (before, after) if logits.dim() == 2]
-    fits = all(target is not None and _are_rows(logits, target) for logits in given) and after.device == before.device
-    fits = fits and all(losses.dtype in _DTYPES for losses in (before, after))
+    given = [values for values in (before, after) if values.dim() == 2]
+    fits = before.device == device and all(losses.dtype in _DTYPES for losses in (before, after))
+    fits = fits and all(target is not None and _are_rows(logits, target) for logits in given)
     if not fits or len({logits.dtype for logits in given}) > 1:
-        losses = [
-            reference.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0]  # type: ignore[arg-type]
-            if values.dim() == 2
-            else values
-            for values in (before, after)
-        ]
-        indices = reference.select(*losses, k)
-        return losses[0], losses[1], indices, reference.gather(tensors, indices)
-    inputs, losses, kept = [], [], []
+        one, other = (_reference_losses(values, target, label_smoothing, ignore_index) for values in (before, after))
+        indices = reference.select(one, other, k)
+        return one, other, indices, reference.gather(tensors, indices)
+    inputs: list[tuple[Any, ...] | None] = []
+    losses, kept = [], []
     for values in (before, after):
-        if values.dim() == 2:
-            assert target is not None
+        if values.dim() == 2 and target is not None:
             rows, alive = _logit_rows(values, target, label_smoothing, ignore_index)
             inputs.append(rows)
             kept.append(alive)
@@ -406,3 +402,11 @@ def losses_select_gather(
         tensors, indices, k, lambda rows: _cuda.losses_select_gather(where, dtype, *inputs, *addresses, rows)
     )
     return losses[0], losses[1], indices, gathered
+
+
+def _reference_losses(values: Tensor, target: Tensor | None, label_smoothing: float, ignore_index: int) -> Tensor:
+    if values.dim() == 1:
+        return values
+    if target is None:
+        raise ValueError("logits need a target")
+    return reference.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0]
