@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,11 @@ def needs_native() -> str | None:
     return unavailable("native", torch.device("cpu"))
 
 
+def needs_compiler() -> str | None:
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
 def needs_distributed() -> str | None:
     import torch
 
@@ -61,6 +67,7 @@ TIERS = [
     Tier("interpret", needs("triton"), {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}),
     Tier("codegen", needs("triton")),
     Tier("native", needs_native),
+    Tier("cuda_host", needs_compiler, {"CUDA_VISIBLE_DEVICES": ""}),
     Tier("integration"),
     Tier("distributed", needs_distributed, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}),
     Tier("examples"),

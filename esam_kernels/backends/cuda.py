@@ -229,7 +229,7 @@ def restore_adam_(
     rest = (beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay)
     rate = _number(lr, lr_tensor, device)
     if rate is None or not (_floating(params) and _is_served(*lists) and all(map(_is_counter, steps))):
-        return reference.restore_adam_(*states, max_exp_avg_sqs, steps, lr, lr_tensor, *rest)
+        return reference.restore_adam_(*states, max_exp_avg_sqs, steps, lr, lr_tensor, *rest)  # type: ignore[arg-type]
     counters, taken = _count_steps(steps, device)
     for dtype, indices in _by_dtype(params):
         _cuda.restore_adam(
