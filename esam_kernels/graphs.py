@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from torch.utils import _pytree as pytree
 
+from esam_kernels.ascent import PreviousGradient
 from esam_kernels.device_numbers import DeviceNumbers
 from esam_kernels.fused_update import can_fuse
 from esam_kernels.optimizer import ESAM
@@ -96,6 +97,8 @@ class _GraphedStep(_EagerStep):
         self._noise = _CapturedNoise(self._device)
         self._lrs = [DeviceNumbers(torch.float64) for _ in optimizer.param_groups]
         optimizer._perturbation.draw_pool = DRAW_POOL
+        if isinstance(optimizer._perturbation.ascent, PreviousGradient):
+            optimizer._perturbation.ascent.in_place = True
 
     def __call__(self, *arguments: Any) -> Any:
         batch = self._batch(arguments)

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adadelta, Optimizer
+from torch.optim import Optimizer
 
 from esam_kernels import distributed, ops
+from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.selection import batch_size, check_losses, check_share, gather, num_selected, split
-from esam_kernels.training_modes import RandomState, frozen_batch_norm
-
-# What state_dict() holds beside the base optimizer's own state.
-_SAVED = ("seed", "step", "beta", "gamma", "mask", "radius", "eta", "eps")
-# What a copy takes over.
-_COPIED = (
-    "base_optimizer",
-    "defaults",
-    "_perturbation",
-    "_model",
-    "_parallelism",
-    "_gamma",
-    "replay_noise",
-    "sync_perturbation",
-)
+from esam_kernels.selection import batch_size, check_losses, gather, num_selected, split
+from esam_kernels.training_modes import frozen_batch_norm
+from esam_kernels.wrapper import WrappedOptimizer, check_gamma
 
 
-class ESAM(Optimizer):
+class ESAM(WrappedOptimizer):
     r"""Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) around any torch optimizer.
 
     One step on a batch B (Algorithm 1):
@@ -58,6 +45,10 @@ class ESAM(Optimizer):
         radius: with mask="tensor", "paper" scales so that E[e] is SAM's perturbation, "released" so that
             \|\|e\|\| = rho / beta, as the authors' code does.
         eps: keeps the division finite. Not the base optimizer's: one that needs another eps is given as an instance.
+        ascent: what e goes along. "current", the gradient of this batch, is the paper's algorithm, with two passes a
+            step. "previous", the gradient of the step before, and "momentum", against the base optimizer's, take one:
+            there is no second look to select data with, so that gamma must be 1, and the first step, which has no
+            history, is the base optimizer's. See :mod:`esam_kernels.ascent`.
         seed: of the draws. The same seed draws the same on every device and backend.
         model: given, its BatchNorm statistics move in the first forward of a step only. One that is wrapped in
             DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as it is trained (see
@@ -96,20 +87,22 @@ class ESAM(Optimizer):
         radius: str = "paper",
         eps: float = 1e-12,
         seed: int = 0,
+        ascent: str = "current",
         model: nn.Module | None = None,
         backend: str | None = None,
         flatten: bool | None = None,
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        self.gamma = gamma
+        check_gamma(gamma, ascent)
+        self._gamma = float(gamma)
         self.replay_noise = True
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _group_defaults({}, rho, adaptive)
-        base, own = _build_base(params, base_optimizer, base_kwargs)
+        group_defaults({}, rho, adaptive)
+        base, own = build_base(params, base_optimizer, base_kwargs)
         added = [
-            {**values, **_group_defaults({**group, **values}, rho, adaptive)}
+            {**values, **group_defaults({**group, **values}, rho, adaptive)}
             for group, values in zip(base.param_groups, own)
         ]
         groups = [{**group, **missing} for group, missing in zip(base.param_groups, added)]
@@ -126,133 +119,21 @@ class ESAM(Optimizer):
             radius=radius,
             eps=eps,
             seed=seed,
+            ascent=ascent,
             backend=backend,
             flatten=flatten,
         )
+        self._perturbation.ascent.check(base)
         for group, missing in zip(base.param_groups, added):
             group.update(missing)
         self._model = model
         self.sync_perturbation = sync_perturbation
-        self._batch_norm = contextlib.ExitStack()
-        self._remember_noise: Callable[[], Any] = self._random_state
-        self._ran_backward = False
-        self._used_gradients: list[tuple[Tensor, int]] = []
         self.base_optimizer = base
+        self._begin()
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         super().__setstate__({})  # the hooks that torch gives to every optimizer
         self._perturbation.use_groups(base.param_groups)
         self._note_saved()
-
-    # -- what a torch optimizer has ------------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizer's own groups."""
-        return self.base_optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base optimizer's own state."""
-        return self.base_optimizer.state
-
-    @property
-    def beta(self) -> float:
-        """Share of the weights that are perturbed; may be set between steps."""
-        return self._perturbation.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self._perturbation.beta = check_share("beta", value)
-
-    @property
-    def gamma(self) -> float:
-        """Share of the batch that the second pass uses; may be set between steps."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float) -> None:
-        self._gamma = check_share("gamma", value)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
-        super().zero_grad(set_to_none)
-        if not set_to_none:
-            self._remember_used_gradients()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer, as for any torch optimizer.
-
-        Raises:
-            RuntimeError: between ``first_step`` and ``second_step``.
-            ValueError, TypeError: parameters that cannot be perturbed. Nothing is changed then.
-        """
-        self._require(perturbed=False, call="add_param_group")
-        missing = _group_defaults(param_group, self.defaults["rho"], self.defaults["adaptive"])
-        self.base_optimizer.add_param_group({**param_group, **missing})
-        try:
-            self._parallelism.check(list(self.param_groups[-1]["params"]))
-            self._perturbation.track(self.param_groups)
-        except BaseException:
-            del self.param_groups[-1]
-            raise
-        self._note_saved()
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base optimizer's ``state_dict``, with seed, step and hyperparameters under "esam".
-
-        Raises:
-            RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
-        """
-        self._require(perturbed=False, call="state_dict")
-        saved = self._note_saved()
-        return {**self.base_optimizer.state_dict(), "esam": saved}
-
-    def _note_saved(self) -> dict[str, Any]:
-        """What is saved under "esam", noted in every group too: torch.distributed.checkpoint keeps nothing else."""
-        perturbation = self._perturbation
-        saved = {name: self._gamma if name == "gamma" else getattr(perturbation, name) for name in _SAVED}
-        for group in self.param_groups:
-            group["esam"] = dict(saved)
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned, or the state of a plain torch optimizer of the base's kind.
-
-        Raises:
-            RuntimeError: between ``first_step`` and ``second_step``.
-            ValueError: groups of other sizes, or hyperparameters out of range. Nothing is changed then.
-        """
-        self._require(perturbed=False, call="load_state_dict")
-        noted = [group["esam"] for group in state_dict["param_groups"] if "esam" in group]
-        saved = state_dict.get("esam", noted[0] if noted else {})
-        unknown = set(saved) - set(_SAVED)
-        if unknown:
-            raise ValueError(f"the state holds unknown ESAM entries: {sorted(unknown)}")
-        if "gamma" in saved:
-            check_share("gamma", saved["gamma"])
-        self._perturbation.check({name: value for name, value in saved.items() if name != "gamma"})
-        for group in state_dict["param_groups"]:
-            _group_defaults(group, 0.0, False)
-        own = [{name: group[name] for name in ("rho", "adaptive")} for group in self.param_groups]
-        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "esam"})
-        for group, values in zip(self.param_groups, own):
-            for name, value in values.items():
-                group.setdefault(name, value)
-        for name, value in saved.items():
-            setattr(self if name == "gamma" else self._perturbation, name, value)
-        self._perturbation.use_groups(self.param_groups)
-        self._note_saved()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._require(perturbed=False, call="copying or pickling")
-        return {name: self.__dict__[name] for name in _COPIED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._batch_norm = contextlib.ExitStack()
-        self._remember_noise = self._random_state
-        self._ran_backward = False
-        self._used_gradients = []
 
     # -- Algorithm 1, phase by phase -----------------------------------------------------------------------------------
 
@@ -270,6 +151,10 @@ class ESAM(Optimizer):
             ValueError: a loss that is not one number.
         """
         self._require(perturbed=False, call="backward")
+        if not self._perturbation.ascent.two_passes:
+            raise RuntimeError(
+                "this ascent has one pass a step: first_step() before the forward, loss.backward(), second_step()"
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"backward takes the mean loss, one number, got {shape}")
@@ -288,7 +173,8 @@ class ESAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e, from the gradients in ``.grad``. Freezes the BatchNorm statistics of ``model``.
 
-        If the gradient's norm is zero or not finite, e = 0; that is decided on the device.
+        If the gradient's norm is zero or not finite, e = 0; that is decided on the device. With ascent="previous" or
+        "momentum" this comes before the only forward, and freezes nothing.
 
         Args:
             zero_grad: drop the gradients (set them to None). The old weights may then be kept in their memory.
@@ -300,7 +186,8 @@ class ESAM(Optimizer):
         self._require(perturbed=False, call="first_step")
         self._parallelism.reshard()
         self._perturbation.perturb(
-            gradients_are_free=zero_grad,
+            self.base_optimizer,
+            gradients_are_dropped=zero_grad,
             may_lack_gradients=self._ran_backward,
             average_over=self._parallelism.process_group if self.sync_perturbation else None,
         )
@@ -309,7 +196,7 @@ class ESAM(Optimizer):
         torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad(set_to_none=True)
-        if self._model is not None:
+        if self._model is not None and self._perturbation.ascent.two_passes:
             self._batch_norm.enter_context(frozen_batch_norm(self._model))
 
     def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
@@ -349,6 +236,7 @@ class ESAM(Optimizer):
         self._batch_norm.close()
         self._parallelism.reshard()
         self._perturbation.restore_and_update(self.base_optimizer)
+        self._perturbation.ascent.remember(self._perturbation.params)
         torch.clear_autocast_cache()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
         if zero_grad:
@@ -434,36 +322,68 @@ class ESAM(Optimizer):
         max_grad_norm: float | None,
         scaler: torch.amp.GradScaler | None,
     ) -> Any:
-        samples = batch_size(batch)
         parts = split(batch, micro_batch)
-        selected = sum(num_selected(self.gamma, batch_size(part)) for part in parts)
-        results = []
-        summed: list[Tensor | None] = [None] * len(self._perturbation.params)
-        for number, part in enumerate(parts, start=1):
-            self.zero_grad(set_to_none=True)
-            is_last = number == len(parts)
-            results.append(self._two_passes(losses, part, summed, selected, scaler, is_last))
-            if not is_last:
-                summed = [param.grad for param in self._perturbation.params]
-                self.restore()
-        if scaler is None:
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._perturbation.params, max_grad_norm)
-            self.second_step()
-        else:
-            self.restore()
-            if max_grad_norm is not None:
-                scaler.unscale_(self.base_optimizer)
-                nn.utils.clip_grad_norm_(self._perturbation.params, max_grad_norm)
-            scaler.step(self.base_optimizer)
-            self._remember_used_gradients()
-        loss = torch.stack([loss * batch_size(part) for (loss, _), part in zip(results, parts)]).sum() / samples
-        if len(parts) == 1:
-            loss = results[0][0]
+        sizes = [batch_size(part) for part in parts]
+        self.zero_grad(set_to_none=True)
+        run = self._two_passes_each if self._perturbation.ascent.two_passes else self._one_pass_each
+        results = run(losses, parts, scaler)
+        self._update(max_grad_norm, scaler)
+        loss = results[0][0]
+        if len(parts) > 1:
+            loss = torch.stack([loss * size for (loss, _), size in zip(results, sizes)]).sum() / sum(sizes)
         rest = [extra for _, extra in results if extra is not None]
         if not rest:
             return loss
         return loss, rest if micro_batch is not None else rest[0]
+
+    def _one_pass_each(
+        self, losses: Callable[..., Any], parts: list[tuple[Any, ...]], scaler: torch.amp.GradScaler | None
+    ) -> list[tuple[Tensor, Any]]:
+        """One perturbation along what is in memory, then one pass over each part; w is left at w + e."""
+        samples = sum(map(batch_size, parts))
+        results = []
+        self.first_step()
+        for number, part in enumerate(parts, start=1):
+            here = batch_size(part)
+            alone = self._parallelism.without_synchronization
+            with contextlib.nullcontext() if number == len(parts) else alone():
+                loss_perturbed, rest = _losses_and_rest(losses(*part), here)
+                loss = loss_perturbed.mean()
+                _scaled(loss * (here / samples), scaler).backward()
+            results.append((loss.detach(), rest))
+        return results
+
+    def _two_passes_each(
+        self, losses: Callable[..., Any], parts: list[tuple[Any, ...]], scaler: torch.amp.GradScaler | None
+    ) -> list[tuple[Tensor, Any]]:
+        """Algorithm 1 up to the update, for each part from the clean weights; w is left at the last one's w + e."""
+        selected = sum(num_selected(self.gamma, batch_size(part)) for part in parts)
+        results = []
+        summed: list[Tensor | None] = [None] * len(self._perturbation.params)
+        for number, part in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            results.append(self._two_passes(losses, part, summed, selected, scaler, is_last))
+            if not is_last:
+                summed = [param.grad for param in self._perturbation.params]
+                self.zero_grad(set_to_none=True)
+                self.restore()
+        return results
+
+    def _update(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> None:
+        """Back to w, and the base optimizer's update, or what the scaler makes of it."""
+        params = self._perturbation.params
+        if scaler is None:
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(params, max_grad_norm)
+            self.second_step()
+            return
+        self.restore()
+        if max_grad_norm is not None:
+            scaler.unscale_(self.base_optimizer)
+            nn.utils.clip_grad_norm_(params, max_grad_norm)
+        scaler.step(self.base_optimizer)
+        self._perturbation.ascent.remember(params)
+        self._remember_used_gradients()
 
     def _two_passes(
         self,
@@ -479,14 +399,13 @@ class ESAM(Optimizer):
         Only the second pass of the last part is synchronised with other ranks.
         """
         alone = self._parallelism.without_synchronization
-        scale = scaler.scale if scaler is not None else _unscaled
         samples = batch_size(batch)
         noise = self._remember_noise() if self.replay_noise else None
 
         with alone():
             loss_before, rest = _losses_and_rest(losses(*batch), samples)
             loss = loss_before.mean()
-            self.backward(scale(loss))
+            self.backward(_scaled(loss, scaler))
         self.first_step(zero_grad=True)
 
         k = num_selected(self.gamma, samples)
@@ -503,13 +422,15 @@ class ESAM(Optimizer):
             loss_selected = loss_selected.mean() * (k / selected_in_all)
             if scaler is not None and scaler.is_enabled():
                 loss_selected = nan_unless_finite(loss_selected, self._perturbation.sum_of_squares)
-            scale(loss_selected).backward()
+            _scaled(loss_selected, scaler).backward()
         return loss.detach(), rest
 
-    def _random_state(self) -> RandomState:
-        return RandomState(param.device for param in self._perturbation.params[:1])
-
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
+        if not self._perturbation.ascent.two_passes:
+            self.first_step()
+            loss = closure()
+            self.second_step()
+            return loss
         with self._parallelism.without_synchronization():
             loss = None if self._has_new_gradients() else closure()
         if all(param.grad is None for param in self._perturbation.params):
@@ -531,6 +452,7 @@ class ESAM(Optimizer):
                 with torch.no_grad():
                     scaling = (self.base_optimizer, self.grad_scale, self.found_inf)
                     restore_and_scaled_step(*scaling, self.restore, self.second_step)
+                self._perturbation.ascent.remember(self._perturbation.params)
                 self._remember_used_gradients()
             else:
                 self.second_step()
@@ -538,25 +460,6 @@ class ESAM(Optimizer):
             self.restore()
             raise
         return loss
-
-    def _remember_used_gradients(self) -> None:
-        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
-        self._used_gradients = [(grad, grad._version) for grad in grads[:1]]
-
-    def _has_new_gradients(self) -> bool:
-        """Whether somebody has computed gradients since the last step left its own behind."""
-        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
-        if not grads:
-            return False
-        return not any(grads[0] is grad and grad._version == version for grad, version in self._used_gradients)
-
-    # -- phases --------------------------------------------------------------------------------------------------------
-
-    def _require(self, *, perturbed: bool, call: str) -> None:
-        if self._perturbation.is_perturbed and not perturbed:
-            raise RuntimeError(f"{call} while the weights are perturbed: second_step() or restore() has to come first")
-        if perturbed and not self._perturbation.is_perturbed:
-            raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
 
     def _abandon(self) -> None:
         """Forget a step of which nothing was computed."""
@@ -593,8 +496,8 @@ class SAM(ESAM):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)
 
 
-def _unscaled(loss: Tensor) -> Tensor:
-    return loss
+def _scaled(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    return loss if scaler is None else scaler.scale(loss)
 
 
 def _losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
@@ -605,55 +508,3 @@ def _losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
         rest = others[0] if len(others) == 1 else tuple(others)
     check_losses(losses, samples)
     return losses, rest
-
-
-def _build_base(
-    params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]
-) -> tuple[Optimizer, list[dict[str, Any]]]:
-    """The base optimizer, and for each of its groups the rho and adaptive that ``params`` gives it."""
-    kind = base if inspect.isclass(base) else type(base)
-    if not issubclass(kind, Optimizer) or issubclass(kind, ESAM):
-        raise TypeError(f"base_optimizer must be a torch optimizer, a class or an instance, got {base!r}")
-    if issubclass(kind, LBFGS):
-        raise TypeError("LBFGS cannot be the base optimizer: its step evaluates the loss several times by itself")
-    if issubclass(kind, Adadelta):
-        raise TypeError("Adadelta cannot be the base optimizer: its own hyperparameter is called rho as well")
-    if not isinstance(base, Optimizer):
-        built = base(params, **kwargs)
-        return built, [{} for _ in built.param_groups]
-    if kwargs:
-        raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
-    return base, _values_by_group(params, base)
-
-
-def _values_by_group(params: Any, base: Optimizer) -> list[dict[str, Any]]:
-    """Check that an instance is over ``params``; the rho and adaptive that these give to its groups."""
-    given = [params] if isinstance(params, Tensor) else list(params)
-    groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
-    listed = [_tensors(group["params"]) for group in groups]
-    held = [list(group["params"]) for group in base.param_groups]
-    if {id(p) for group in listed for p in group} != {id(p) for group in held for p in group}:
-        raise ValueError("base_optimizer is over other parameters than params")
-    special = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in groups]
-    if not any(special):
-        return [{} for _ in held]
-    if [[id(p) for p in group] for group in listed] != [[id(p) for p in group] for group in held]:
-        raise ValueError("params has rho or adaptive by group, but other groups than base_optimizer")
-    return special
-
-
-def _tensors(params: Any) -> list[Tensor]:
-    """The tensors of a group, which may be one tensor or carry names."""
-    if isinstance(params, Tensor):
-        return [params]
-    listed: Iterable[Any] = list(params)
-    return [param[1] if isinstance(param, tuple) else param for param in listed]
-
-
-def _group_defaults(group: dict[str, Any], rho: float, adaptive: bool) -> dict[str, Any]:
-    """What a group lacks of rho and adaptive, both checked."""
-    values = {"rho": group.get("rho", rho), "adaptive": group.get("adaptive", adaptive)}
-    StochasticWeightPerturbation.check_rho(values["rho"])
-    if not isinstance(values["adaptive"], bool):
-        raise TypeError(f"adaptive must be True or False, got {values['adaptive']!r}")
-    return {name: value for name, value in values.items() if name not in group}

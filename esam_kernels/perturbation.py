@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esam_kernels import distributed, ops
+from esam_kernels.ascent import ASCENTS
 from esam_kernels.backends import reference, resolve
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
 from esam_kernels.fused_update import can_fuse, restore_and_step
 from esam_kernels.selection import check_share
-from esam_kernels.tensor_lists import are_alike, are_unshared
+from esam_kernels.tensor_lists import are_alike
 
 MASKS = ("tensor", "element")
 RADII = ("paper", "released")
-_CHOICES = {"mask": MASKS, "radius": RADII}
+_CHOICES = {"ascent": tuple(ASCENTS), "mask": MASKS, "radius": RADII}
 
 # Draws of whole tensors count in a part of the Philox space that no element index reaches.
 _TENSOR_STREAM = 1 << 62
@@ -36,6 +37,7 @@ class StochasticWeightPerturbation:
     Args:
         param_groups: the base optimizer's groups; each has its own ``rho`` and ``adaptive``, read at every step.
         mask: "tensor" draws whole parameter tensors, "element" single weights.
+        ascent: what e goes along: "current", "previous" or "momentum" (see :mod:`esam_kernels.ascent`).
         radius: "paper" estimates the full gradient's norm from that of the drawn tensors, ||m g|| / sqrt(beta);
             "released" takes ||m g|| itself, so that ||e|| = rho / beta.
         flatten: whether the parameters are moved into flat buffers; None: where that is possible.
@@ -51,11 +53,15 @@ class StochasticWeightPerturbation:
         radius: str,
         eps: float,
         seed: int,
+        ascent: str,
         backend: str | None,
         flatten: bool | None,
     ) -> None:
-        self.check({"beta": beta, "eta": eta, "mask": mask, "radius": radius, "eps": eps, "seed": seed})
+        self.check(
+            {"beta": beta, "eta": eta, "mask": mask, "radius": radius, "eps": eps, "seed": seed, "ascent": ascent}
+        )
         self.beta = float(beta)
+        self.ascent = ASCENTS[ascent]()
         self.eta, self.mask, self.radius, self.eps, self.seed = eta, mask, radius, eps, seed
         self.step = 0
         self.backend = backend or ""
@@ -175,12 +181,19 @@ class StochasticWeightPerturbation:
 
     # -- w -> w + e ----------------------------------------------------------------------------------------------------
 
-    def perturb(self, gradients_are_free: bool, may_lack_gradients: bool = False, average_over: Any = None) -> None:
-        """Add e to the weights that are drawn, computed from the gradients in ``.grad``.
+    def perturb(
+        self,
+        base: Optimizer,
+        gradients_are_dropped: bool,
+        may_lack_gradients: bool = False,
+        average_over: Any = None,
+    ) -> None:
+        """Add e to the weights that are drawn, along the gradients in ``.grad`` or what else the ascent goes along.
 
         Args:
-            gradients_are_free: the caller drops the gradients after this. Where nobody else holds one, the old weights
-                are then kept in its memory.
+            base: the base optimizer, whose momentum it may be.
+            gradients_are_dropped: the caller drops the gradients after this. Where nobody else holds one, the old
+                weights are then kept in its memory.
             may_lack_gradients: no gradient at all is no error: none of the drawn parameters has a part in the loss.
             average_over: the process group over whose ranks the gradients are averaged first; None: nothing is.
 
@@ -191,10 +204,10 @@ class StochasticWeightPerturbation:
         radii = [self.check_rho(group["rho"]) for group in self._param_groups]
         if self._buffers is not None and self._buffers.refresh():
             self._find_ties()
-        self._check_gradients(may_lack_gradients)
+        self._check_gradients(may_lack_gradients or not self.ascent.two_passes)
         if average_over is not None:
             distributed.average_gradients([self.params[i] for i in self.drawn()], average_over)
-        indices, grads = self._gradients()
+        indices, grads = self._directions(base)
         if not grads or not any(radii):
             self.is_perturbed = True
             return
@@ -204,8 +217,7 @@ class StochasticWeightPerturbation:
         groups = [self._groups[i] for i in indices]
         adaptive = [bool(group["adaptive"]) for group in self._param_groups]
         partials = self._operators.norm_partials(params, grads, groups, adaptive, self.eta, backend=self.backend)
-        may_reuse = gradients_are_free and not self.is_sharded
-        free = are_unshared(grads) if may_reuse else [False] * len(grads)
+        free = self.ascent.are_free(grads, gradients_are_dropped) if not self.is_sharded else [False] * len(grads)
         backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
         for ours in (True, False):
             chosen = [j for j, is_free in enumerate(free) if is_free is ours]
@@ -231,7 +243,7 @@ class StochasticWeightPerturbation:
     def upload(self) -> None:
         """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state."""
         device = self.params[0].device
-        self._scale.set([group["rho"] / self.beta for group in self._param_groups], device)
+        self._scale.set([self.ascent.sign * group["rho"] / self.beta for group in self._param_groups], device)
         self._random_state.set([self.seed, self.step, self._bound], device)
 
     @staticmethod
@@ -261,18 +273,19 @@ class StochasticWeightPerturbation:
         if not (has_gradient or may_lack):
             raise RuntimeError("no parameter has a gradient: call backward before first_step")
 
-    def _gradients(self) -> tuple[list[int], list[Tensor]]:
-        """The gradients of the drawn parameters, and their numbers, lying in memory as the parameters do.
+    def _directions(self, base: Optimizer) -> tuple[list[int], list[Tensor]]:
+        """What the drawn parameters are moved along, and their numbers, lying in memory as the parameters do.
 
         Those of tied parameters are added up, under the first one's number.
         """
-        given = [(i, grad) for i in self.drawn() if (grad := self.params[i].grad) is not None and grad.numel()]
-        indices, grads = [i for i, _ in given], [grad for _, grad in given]
+        given = self.ascent.directions(self.params, self.drawn(), base)
+        given = {i: grad for i, grad in given.items() if grad.numel()}
+        indices, grads = list(given), list(given.values())
         alike = are_alike(grads, [self.params[i] for i in indices])
         if alike and not self._is_tied and not any(grad.requires_grad for grad in grads):
             return indices, grads
         found: dict[int, Tensor] = {}
-        for i, grad in given:
+        for i, grad in given.items():
             param = self.params[i]
             if grad.dtype != param.dtype or grad.stride() != param.stride() or grad.requires_grad:
                 grad = torch.empty_like(param).copy_(grad.detach())

@@ -1,0 +1,137 @@
+"""Where the direction of the perturbation comes from: this batch's gradient, the last one's, or the momentum.
+
+"current" is the paper's algorithm, with two passes a step. The other two perturb before the only pass, along what is in
+memory already: the gradient of the step before, or against the base optimizer's momentum, which is where its next
+update would go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esam_kernels.tensor_lists import are_alike, are_unshared
+
+
+class CurrentGradient:
+    """g of this batch, from ``.grad`` (Algorithm 1)."""
+
+    two_passes = True
+    sign = 1.0
+
+    def check(self, base: Optimizer) -> None:
+        """Refuse a base optimizer that has not what this needs."""
+
+    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+        """The vector g of Eq. 4 for the parameters ``drawn``, by their number. Some may have none."""
+        return {i: grad for i in drawn if (grad := params[i].grad) is not None}
+
+    def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:
+        """For each direction, whether the old weights may be written over it."""
+        return are_unshared(directions) if gradients_are_dropped else [False] * len(directions)
+
+    def remember(self, params: Sequence[Tensor]) -> None:
+        """Keep what the next step needs, after the update."""
+
+    def state(self) -> dict[int, Tensor]:
+        """What a checkpoint has to hold of it."""
+        return {}
+
+    def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
+        """Take over what ``state`` returned."""
+
+
+class PreviousGradient(CurrentGradient):
+    """g of the step before. Its memory, 4 bytes a weight in float32, is kept between steps and holds w during one."""
+
+    two_passes = False
+
+    def __init__(self) -> None:
+        self._history: dict[int, Tensor] = {}
+        # Set by a captured step: the history stays in these places, and new gradients are copied there.
+        self.in_place = False
+        self._places: dict[int, Tensor] = {}
+
+    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+        """The last gradients of the parameters ``drawn``, which are used up by this. In the first step there are none.
+
+        What the step does not renew is gone, since the old weights are written over it.
+        """
+        taken = {i: self._history.pop(i) for i in drawn if i in self._history}
+        for i, last in taken.items():
+            if last.device != params[i].device or last.dtype != params[i].dtype:
+                taken[i] = last.to(params[i])
+        if self.in_place:
+            self._places.update(taken)
+        return taken
+
+    def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:
+        """All: the history is nobody else's."""
+        return [True] * len(directions)
+
+    def remember(self, params: Sequence[Tensor]) -> None:
+        """Take the gradients out of ``.grad``; copy those that somebody else holds."""
+        given = [(i, grad) for i, param in enumerate(params) if (grad := param.grad) is not None and param.numel()]
+        indices, grads = [i for i, _ in given], [grad for _, grad in given]
+        del given
+        free = [False] * len(grads) if self.in_place else are_unshared(grads)
+        for j, i in enumerate(indices):
+            if free[j] and are_alike([grads[j]], [params[i]]):
+                self._history[i] = grads[j]
+                params[i].grad = None
+            elif i in self._places:
+                self._history[i] = self._places[i].copy_(grads[j])
+            else:
+                self._history[i] = torch.empty_like(params[i]).copy_(grads[j].detach())
+
+    def state(self) -> dict[int, Tensor]:
+        """The last gradient of each parameter."""
+        return dict(self._history)
+
+    def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
+        """Take over copies, on the parameters' devices."""
+        self._history = {i: torch.empty_like(params[i]).copy_(last) for i, last in state.items()}
+
+
+class Momentum(CurrentGradient):
+    """-v: against SGD's momentum buffer or Adam's first moment. The old weights need memory of their own for a step."""
+
+    two_passes = False
+    sign = -1.0
+
+    def check(self, base: Optimizer) -> None:
+        """Refuse a base optimizer without momentum.
+
+        Raises:
+            ValueError: it keeps none, or is set to keep none.
+        """
+        for number, group in enumerate(base.param_groups):
+            if _momentum_name(group) is None:
+                raise ValueError(
+                    f'ascent="momentum" needs a base optimizer with momentum: {type(base).__name__} keeps none in '
+                    f"group {number} (SGD and RMSprop do with momentum > 0, and Adam and its kin do)"
+                )
+
+    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+        """The momentum of the parameters ``drawn``. In the first step there is none."""
+        names = {id(param): _momentum_name(group) for group in base.param_groups for param in group["params"]}
+        found = {i: base.state.get(params[i], {}).get(names[id(params[i])]) for i in drawn}
+        return {i: momentum for i, momentum in found.items() if momentum is not None}
+
+    def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:
+        """None: the base optimizer needs them."""
+        return [False] * len(directions)
+
+
+ASCENTS = {"current": CurrentGradient, "previous": PreviousGradient, "momentum": Momentum}
+
+
+def _momentum_name(group: dict[str, Any]) -> str | None:
+    """Under which name the optimizers of torch keep the momentum of a group's parameters."""
+    if "betas" in group:
+        return "exp_avg"
+    return "momentum_buffer" if group.get("momentum", 0.0) != 0.0 else None

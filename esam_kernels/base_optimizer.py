@@ -1,0 +1,64 @@
+"""The base optimizer: built or taken over, with rho and adaptive in each of its groups."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import LBFGS, Adadelta, Optimizer
+
+from esam_kernels.perturbation import StochasticWeightPerturbation
+
+
+def build_base(
+    params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]
+) -> tuple[Optimizer, list[dict[str, Any]]]:
+    """The base optimizer, and for each of its groups the rho and adaptive that ``params`` gives it."""
+    kind = base if inspect.isclass(base) else type(base)
+    if not issubclass(kind, Optimizer) or hasattr(kind, "first_step"):  # another two-step optimizer, this one included
+        raise TypeError(f"base_optimizer must be a torch optimizer, a class or an instance, got {base!r}")
+    if issubclass(kind, LBFGS):
+        raise TypeError("LBFGS cannot be the base optimizer: its step evaluates the loss several times by itself")
+    if issubclass(kind, Adadelta):
+        raise TypeError("Adadelta cannot be the base optimizer: its own hyperparameter is called rho as well")
+    if not isinstance(base, Optimizer):
+        built = base(params, **kwargs)
+        return built, [{} for _ in built.param_groups]
+    if kwargs:
+        raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
+    return base, _values_by_group(params, base)
+
+
+def _values_by_group(params: Any, base: Optimizer) -> list[dict[str, Any]]:
+    """Check that an instance is over ``params``; the rho and adaptive that these give to its groups."""
+    given = [params] if isinstance(params, Tensor) else list(params)
+    groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    listed = [_tensors(group["params"]) for group in groups]
+    held = [list(group["params"]) for group in base.param_groups]
+    if {id(p) for group in listed for p in group} != {id(p) for group in held for p in group}:
+        raise ValueError("base_optimizer is over other parameters than params")
+    special = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in groups]
+    if not any(special):
+        return [{} for _ in held]
+    if [[id(p) for p in group] for group in listed] != [[id(p) for p in group] for group in held]:
+        raise ValueError("params has rho or adaptive by group, but other groups than base_optimizer")
+    return special
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    """The tensors of a group, which may be one tensor or carry names."""
+    if isinstance(params, Tensor):
+        return [params]
+    listed: Iterable[Any] = list(params)
+    return [param[1] if isinstance(param, tuple) else param for param in listed]
+
+
+def group_defaults(group: dict[str, Any], rho: float, adaptive: bool) -> dict[str, Any]:
+    """What a group lacks of rho and adaptive, both checked."""
+    values = {"rho": group.get("rho", rho), "adaptive": group.get("adaptive", adaptive)}
+    StochasticWeightPerturbation.check_rho(values["rho"])
+    if not isinstance(values["adaptive"], bool):
+        raise TypeError(f"adaptive must be True or False, got {values['adaptive']!r}")
+    return {name: value for name, value in values.items() if name not in group}
