@@ -64,12 +64,12 @@ def test_tables_follow_a_tensor_that_grows_in_place(kernels):
         )
 
 
-def perturbed(backend, params, grads, adaptive, *, in_gradients, random_state, partials=None):
+def perturbed(backend, params, grads, adaptive, *, in_gradients, random_state, partials=None, eps=1e-12):
     params, grads = copies(params), copies(grads)
     backups = [] if in_gradients else like(params)
     if partials is None:
         partials = reference.norm_partials(params, grads, GROUPS, adaptive, 0.01)
-    backend.perturb_(params, grads, backups, GROUPS, OFFSETS, partials, SCALE, adaptive, 0.01, 1.3, 1e-12, random_state)
+    backend.perturb_(params, grads, backups, GROUPS, OFFSETS, partials, SCALE, adaptive, 0.01, 1.3, eps, random_state)
     return params, backups or grads
 
 
@@ -116,7 +116,7 @@ def test_bad_gradient_moves_nothing_and_still_writes_the_backup(kernels, dtype, 
     for grad in grads:
         grad.mul_(0).add_(bad)
     partials = kernels.norm_partials(params, grads, GROUPS, [False, True], 0.01)
-    options = {"in_gradients": False, "random_state": RANDOM_STATE, "partials": partials}
+    options = {"in_gradients": False, "random_state": RANDOM_STATE, "partials": partials, "eps": 0.0}
     moved, backups = perturbed(kernels, params, grads, [False, True], **options)
     assert_same_bits(moved, params)
     assert_same_bits(backups, params)

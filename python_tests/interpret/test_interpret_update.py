@@ -74,6 +74,15 @@ def test_adam_is_torchs_within_one_ulp(kernels, three_programs, dtype, options):
         assert_within_one_ulp(actual, expected, *(lists[name] for name in ("backups", "grads", "exp_avgs")))
 
 
+def test_adam_without_memory_takes_the_gradient_itself(kernels):
+    grads, exp_avgs = [torch.randn(300)], [torch.full((300,), 1e8)]
+    state = exp_avgs, [torch.ones(300)], [], [torch.tensor(0.0)]
+    kernels.restore_adam_(
+        [torch.empty(300)], [torch.zeros(300)], grads, *state, 0.1, None, 0.0, 0.9, 1e-8, 0.0, False, False, False
+    )
+    assert_same_bits(exp_avgs, grads)
+
+
 def test_learning_rate_on_the_device_is_the_one_that_is_used(kernels):
     params, grads = [torch.randn(300)], [torch.randn(300)]
     expected, sgd, adam, expected_adam = (copies(params) for _ in range(4))
