@@ -101,12 +101,11 @@ def _three_phases(options: dict[str, Any], bucket_view: bool, set_to_none: bool)
     losses = losses_of(model)
     for parts in batches(10):
         batch = parts[dist.get_rank()]
-        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.zero_grad(set_to_none=set_to_none)  # False: the first gradients go into the buckets
         with model.no_sync():
             before = losses(*batch)
             optimizer.backward(before.mean())
-        optimizer.first_step(zero_grad=set_to_none)
-        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.first_step(zero_grad=True)
         with torch.no_grad():
             after = losses(*batch)
         losses(*optimizer.select(before, after, *batch)).mean().backward()
