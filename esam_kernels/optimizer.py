@@ -230,9 +230,10 @@ class ESAM(WrappedOptimizer):
             zero_grad: drop the gradients afterwards (set them to None).
 
         Raises:
-            RuntimeError: no ``first_step`` before.
+            RuntimeError: no ``first_step`` before, or sparse gradients.
         """
         self._require(perturbed=True, call="second_step")
+        self._perturbation.check_gradients(may_lack=True)
         self._batch_norm.close()
         self._parallelism.reshard()
         self._perturbation.restore_and_update(self.base_optimizer)
@@ -433,7 +434,7 @@ class ESAM(WrappedOptimizer):
             return loss
         with self._parallelism.without_synchronization():
             loss = None if self._has_new_gradients() else closure()
-        if all(param.grad is None for param in self._perturbation.params):
+        if not self._has_new_gradients():
             raise RuntimeError(
                 "the closure computed no gradients: it has to call loss.backward(), or the batch has to be given, "
                 "step(losses, *batch)"

@@ -204,7 +204,7 @@ class StochasticWeightPerturbation:
         radii = [self.check_rho(group["rho"]) for group in self._param_groups]
         if self._buffers is not None and self._buffers.refresh():
             self._find_ties()
-        self._check_gradients(may_lack_gradients or not self.ascent.two_passes)
+        self.check_gradients(may_lack_gradients or not self.ascent.two_passes)
         if average_over is not None:
             distributed.average_gradients([self.params[i] for i in self.drawn()], average_over)
         indices, grads = self._directions(base)
@@ -262,7 +262,12 @@ class StochasticWeightPerturbation:
         estimated = self.mask == "tensor" and self.radius == "paper"
         return 1.0 / math.sqrt(self.beta) if estimated else 1.0
 
-    def _check_gradients(self, may_lack: bool) -> None:
+    def check_gradients(self, may_lack: bool) -> None:
+        """Refuse sparse gradients, and none at all unless they ``may_lack``.
+
+        Raises:
+            RuntimeError: with the parameter's number.
+        """
         has_gradient = False
         for i, param in enumerate(self.params):
             grad = param.grad

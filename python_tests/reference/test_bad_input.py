@@ -210,6 +210,16 @@ def test_a_sparse_gradient_is_refused_whether_it_is_drawn_or_not(mask):
         assert model[1].weight.grad is not None
 
 
+def test_a_sparse_gradient_of_a_tensor_that_is_not_drawn_is_refused_before_any_update():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    for seed in range(6):
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, beta=0.3, seed=seed)
+        before = oracles.weights_of(model)
+        with pytest.raises(RuntimeError, match="parameter 0 has a sparse gradient"):
+            optimizer.step(oracles.losses_of(model), torch.tensor([1, 2]), torch.tensor([0, 1]))
+        assert oracles.same_bits(before, oracles.weights_of(model))
+
+
 @pytest.mark.parametrize("loss", [torch.ones(3), 1.0, None, torch.ones(0)])
 def test_backward_refuses_what_is_not_one_number(loss):
     model, optimizer = trained()

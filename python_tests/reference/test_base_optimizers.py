@@ -3,6 +3,7 @@
 import oracles
 import pytest
 import torch
+from torch import nn
 
 from esam_kernels import ESAM, SAM
 
@@ -102,6 +103,21 @@ def test_restore_in_one_pass_with_the_update_is_restore_and_then_update(name, re
             optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
         models.append(oracles.weights_of(model))
     assert oracles.same_bits(*models)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_weight_without_a_gradient_in_the_second_pass_comes_back(base):
+    params = [nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))]
+    optimizer = SAM(params, base, lr=0.1, rho=1.0)
+    before = [p.detach().clone() for p in params]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.first_step(zero_grad=True)
+    params[0].grad = torch.randn(4)
+    optimizer.second_step()
+    assert oracles.same_bits([before[1]], [params[1]])
+    assert not oracles.same_bits([before[0]], [params[0]])
 
 
 class SAMOracle:

@@ -236,9 +236,13 @@ def test_the_closure_runs_with_gradients_enabled():
         optimizer.step(oracles.losses_of(model), *oracles.batch())
 
 
-def test_a_closure_that_computes_no_gradients_is_refused():
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_closure_that_computes_no_gradients_is_refused(steps_before):
+    """Also where a step before has left its gradients behind."""
     model = oracles.mlp()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    for _ in range(steps_before):
+        optimizer.step(oracles.losses_of(model), *oracles.batch())
     before = oracles.weights_of(model)
     with pytest.raises(RuntimeError, match=r"loss.backward\(\).*step\(losses, \*batch\)"):
         optimizer.step(lambda: oracles.losses_of(model)(*oracles.batch()).mean())
