@@ -21,14 +21,24 @@ namespace {
 
 using cpu::Blocks;
 
+constexpr int64_t kRandomState = 3;  // seed, step, bound
+
+bool fits(const cpu::Scaling& scaling, const Blocks& params) {
+  const int64_t groups = scaling.adaptive.size();
+  return scaling.groups.size() == params.size() &&
+         std::all_of(scaling.groups.begin(), scaling.groups.end(),
+                     [groups](int64_t group) { return 0 <= group && group < groups; });
+}
+
 bool norm_partials(const py::list& params, const py::list& grads, const std::vector<int64_t>& groups,
                    const std::vector<bool>& adaptive, double eta, const py::object& partials) {
   TensorReader reader;
   const Blocks w = reader.read(params), g = reader.read(grads);
-  if (!reader.ok()) return false;
-  double* const out = data<double>(partials);
+  const cpu::Scaling scaling{groups, adaptive, eta};
+  if (!reader.ok() || !fits(scaling, w)) return false;
+  double* const out = data<double>(partials, cpu::kNumPartials);
   py::gil_scoped_release release;
-  cpu::norm_partials(w, g, {groups, adaptive, eta}, out);
+  cpu::norm_partials(w, g, scaling, out);
   return true;
 }
 
@@ -40,11 +50,16 @@ bool perturb(const py::list& params, const py::list& grads, const py::list& back
   const bool over_grads = backups.empty();
   const Blocks w = reader.write(params), g = over_grads ? reader.write(grads) : reader.read(grads);
   const Blocks b = over_grads ? g : reader.write(backups);
-  if (!reader.ok()) return false;
-  const cpu::Perturbation perturbation{
-      const_data<double>(partials), const_data<double>(scale), offsets, norm_factor, eps, const_data<int64_t>(random_state)};
+  const cpu::Scaling scaling{groups, adaptive, eta};
+  if (!reader.ok() || !fits(scaling, w) || offsets.size() != w.size()) return false;
+  const cpu::Perturbation perturbation{data<const double>(partials, cpu::kNumPartials),
+                                       data<const double>(scale, adaptive.size()),
+                                       offsets,
+                                       norm_factor,
+                                       eps,
+                                       data_or_null<const int64_t>(random_state, kRandomState)};
   py::gil_scoped_release release;
-  cpu::perturb(w, g, b, {groups, adaptive, eta}, perturbation);
+  cpu::perturb(w, g, b, scaling, perturbation);
   return true;
 }
 
@@ -63,7 +78,7 @@ bool restore_sgd(const py::list& params, const py::list& backups, const py::list
   TensorReader reader;
   const Blocks w = reader.write(params), b = reader.read(backups), g = reader.read(grads);
   const Blocks v = momentum == 0 ? Blocks() : reader.write(momentum_buffers);
-  if (!reader.ok() || (momentum != 0 && v.size() != w.size())) return false;
+  if (!reader.ok()) return false;
   py::gil_scoped_release release;
   cpu::restore_sgd(w, b, g, v, {lr, momentum, dampening, weight_decay, first, nesterov, maximize});
   return true;
@@ -89,8 +104,7 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
   const Blocks m = reader.write(exp_avgs), v = reader.write(exp_avg_sqs);
   const Blocks largest = amsgrad ? reader.write(max_exp_avg_sqs) : Blocks();
   const std::vector<float*> counters = step_counters(steps);
-  if (!reader.ok() || m.size() != w.size() || v.size() != w.size() || counters.size() != w.size()) return false;
-  if (amsgrad && largest.size() != w.size()) return false;
+  if (!reader.ok() || counters.size() != w.size()) return false;
   py::gil_scoped_release release;
   cpu::AdamScalars scalars{};
   scalars.lr = lr;
@@ -107,8 +121,12 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
 // Rows of contiguous logits. Throws an IndexError, as torch does, where a class index is out of range.
 cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::object& index,
                                          const py::object& probability, double label_smoothing, int64_t ignore_index) {
-  const cpu::CrossEntropyRows rows{logits.const_data_ptr(), const_data<int64_t>(index), const_data<float>(probability),
-                                   logits.size(1),          label_smoothing,            ignore_index};
+  const cpu::CrossEntropyRows rows{logits.const_data_ptr(),
+                                   data_or_null<const int64_t>(index, logits.size(0)),
+                                   data_or_null<const float>(probability, logits.numel()),
+                                   logits.size(1),
+                                   label_smoothing,
+                                   ignore_index};
   if (const int64_t* target = cpu::out_of_range(rows, logits.size(0))) {
     throw py::index_error("Target " + std::to_string(*target) + " is out of bounds.");
   }
@@ -120,7 +138,7 @@ void cross_entropy_forward(const py::object& logits, const py::object& index, co
                            const py::object& lse) {
   const at::Tensor& x = unpack(logits);
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
-  float *const losses_out = data<float>(losses), *const lse_out = data<float>(lse);
+  float *const losses_out = data<float>(losses, x.size(0)), *const lse_out = data<float>(lse, x.size(0));
   py::gil_scoped_release release;
   cpu::cross_entropy_forward(*supported_dtype(x), rows, x.size(0), losses_out, lse_out);
 }
@@ -130,21 +148,21 @@ void cross_entropy_backward(const py::object& grad_losses, const py::object& log
                             int64_t ignore_index, const py::object& grad_logits) {
   const at::Tensor& x = unpack(logits);
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
-  const float *const upstream = const_data<float>(grad_losses), *const lse_in = const_data<float>(lse);
-  void* const out = data<void>(grad_logits);
+  const float* const upstream = data<const float>(grad_losses, x.size(0));
+  const float* const lse_in = data<const float>(lse, x.size(0));
+  void* const out = unpack(grad_logits).mutable_data_ptr();
   py::gil_scoped_release release;
   cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, lse_in, out);
 }
 
 // Both losses are contiguous and float32, or both are float64.
 void select(const py::object& loss_before, const py::object& loss_after, int64_t k, const py::object& indices) {
-  const at::Tensor& before = unpack(loss_before);
-  if (before.scalar_type() == at::kDouble) {
-    cpu::select(const_data<double>(loss_before), const_data<double>(loss_after), before.numel(), k,
-                data<int64_t>(indices));
+  const int64_t samples = unpack(loss_before).numel();
+  int64_t* const out = data<int64_t>(indices, k);
+  if (unpack(loss_before).scalar_type() == at::kDouble) {
+    cpu::select(data<const double>(loss_before, samples), data<const double>(loss_after, samples), samples, k, out);
   } else {
-    cpu::select(const_data<float>(loss_before), const_data<float>(loss_after), before.numel(), k,
-                data<int64_t>(indices));
+    cpu::select(data<const float>(loss_before, samples), data<const float>(loss_after, samples), samples, k, out);
   }
 }
 
@@ -156,7 +174,7 @@ bool is_plain(const at::Tensor& tensor) {
 // `destinations` hold the rows in the same order of memory as the sources, the batch outermost.
 bool gather(const py::list& sources, const py::list& destinations, const py::object& indices) {
   const int64_t count = unpack(indices).numel();
-  const int64_t* const index = const_data<int64_t>(indices);
+  const int64_t* const index = data<const int64_t>(indices, count);
   std::vector<cpu::Rows> from;
   std::vector<char*> to;
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -167,7 +185,7 @@ bool gather(const py::list& sources, const py::list& destinations, const py::obj
     if (std::any_of(index, index + count, outside)) throw py::index_error("index out of range in self");
     from.push_back({static_cast<const char*>(source.const_data_ptr()), rows,
                     source.numel() / rows * static_cast<int64_t>(source.element_size())});
-    to.push_back(data<char>(destinations[i]));
+    to.push_back(static_cast<char*>(unpack(destinations[i]).mutable_data_ptr()));
   }
   py::gil_scoped_release release;
   for (size_t i = 0; i < from.size(); ++i) cpu::gather(from[i], index, count, to[i]);
@@ -176,7 +194,8 @@ bool gather(const py::list& sources, const py::list& destinations, const py::obj
 
 void philox_words(uint64_t first_counter, uint64_t step, uint64_t seed, const py::object& words) {
   const int64_t counters = unpack(words).numel() / 4;
-  cpu::kernels().philox_words(first_counter, counters, step, seed, data<uint32_t>(words));
+  int32_t* const out = data<int32_t>(words, 4 * counters);
+  cpu::kernels().philox_words(first_counter, counters, step, seed, reinterpret_cast<uint32_t*>(out));
 }
 
 }  // namespace

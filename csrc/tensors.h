@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/blocks.h"
@@ -59,11 +60,10 @@ class TensorReader {
     return cpu::Block{static_cast<char*>(data), tensor.numel(), *dtype};
   }
 
-  // An empty list stands for "not used".
   void check_parallel(const std::vector<cpu::Block>& blocks) {
-    if (shapes_.empty()) shapes_ = blocks;
-    if (blocks.empty()) return;
-    ok_ = ok_ && blocks.size() == shapes_.size();
+    if (first_) shapes_ = blocks;
+    first_ = false;
+    ok_ = blocks.size() == shapes_.size();
     for (size_t i = 0; ok_ && i < blocks.size(); ++i) {
       ok_ = blocks[i].numel == shapes_[i].numel && blocks[i].dtype == shapes_[i].dtype;
     }
@@ -75,6 +75,7 @@ class TensorReader {
   }
 
   bool ok_ = true;
+  bool first_ = true;
   std::vector<cpu::Block> shapes_;
 };
 
@@ -84,15 +85,24 @@ inline const at::Tensor& unpack(const pybind11::handle& object) {
   return THPVariable_Unpack(object.ptr());
 }
 
-// The data of one contiguous CPU tensor whose dtype and length the caller has checked; null for None.
+// The data of one contiguous CPU tensor of at least `numel` elements of T. Throws a ValueError for any other.
 template <typename T>
-inline T* data(const pybind11::handle& tensor) {
-  return tensor.is_none() ? nullptr : static_cast<T*>(unpack(tensor).mutable_data_ptr());
+inline T* data(const pybind11::handle& object, int64_t numel) {
+  const at::Tensor& tensor = unpack(object);
+  const bool fits = tensor.scalar_type() == c10::CppTypeToScalarType<std::remove_const_t<T>>::value &&
+                    tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
+  if (!fits) throw pybind11::value_error("expected a contiguous CPU tensor of another dtype or length");
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
 }
 
+// The same, or null for None.
 template <typename T>
-inline const T* const_data(const pybind11::handle& tensor) {
-  return tensor.is_none() ? nullptr : static_cast<const T*>(unpack(tensor).const_data_ptr());
+inline T* data_or_null(const pybind11::handle& object, int64_t numel) {
+  return object.is_none() ? nullptr : data<T>(object, numel);
 }
 
 }  // namespace esam
