@@ -25,6 +25,7 @@ def test_norm(backend, device, dtype, adaptive, shift):
 
 def test_norm_of_extremes(backend, device):
     checks.check_norm_of_extremes(backend, device)
+    checks.check_norm_of_what_is_not_finite(backend, device)
 
 
 def test_norm_of_more_tensors_than_a_table_holds(backend, device):

@@ -109,6 +109,9 @@ def check_norm_of_extremes(backend: ModuleType, device: torch.device) -> None:
         grads = [torch.full((5000,), value, device=device)]
         partials = backend.norm_partials(grads, grads, [0], [False], 0.0)
         assert math.isclose(partials.sum().sqrt().item(), value * math.sqrt(5000), rel_tol=1e-5)
+
+
+def check_norm_of_what_is_not_finite(backend: ModuleType, device: torch.device) -> None:
     for value in (math.nan, math.inf, -math.inf):
         grads = [torch.zeros(5000, device=device)]
         grads[0][4999] = value
@@ -120,7 +123,7 @@ def check_norm_of_many(backend: ModuleType, device: torch.device) -> None:
     grads = [torch.full((3,), 2.0, device=device, dtype=DTYPES[max(0, i - 450) % 3]) for i in range(470)]
     grads[7] = torch.empty(0, device=device)
     partials = backend.norm_partials(grads, grads, [0] * 470, [False], 0.0)
-    assert partials.sum().item() == 469 * 12
+    assert math.isclose(partials.sum().item(), 469 * 12, rel_tol=1e-12)
 
 
 def exact_partials(device: torch.device) -> Tensor:
@@ -203,13 +206,15 @@ def check_restore(backend: ModuleType, device: torch.device, dtype: torch.dtype,
 # Numbers that every dtype holds exactly: whether torch rounds them to the tensors' dtype depends on the device.
 SGD_VARIANTS: list[dict[str, float]] = [
     {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": decay, "maximize": maximize}
-    for momentum, dampening, nesterov in (
-        (0.0, 0.0, False),
-        (0.875, 0.0, False),
-        (0.875, 0.25, False),
-        (0.5, 0.0, True),
+    for momentum, dampening, nesterov, decay, maximize in (
+        (0.0, 0.0, False, 0.0, False),
+        (0.0, 0.0, False, 0.0625, True),
+        (0.875, 0.0, False, 0.0, False),
+        (0.875, 0.0, False, 0.0625, False),
+        (0.875, 0.25, False, 0.0625, True),
+        (0.5, 0.0, True, 0.0, True),
+        (0.5, 0.0, True, 0.0625, False),
     )
-    for decay, maximize in itertools.product((0.0, 0.0625), (False, True))
 ]
 
 
@@ -302,7 +307,7 @@ def check_adam(
 
 TARGETS = ("index", "smoothed", "probability")
 # A class, a few, an access and more, odd, around where a row passes from a warp to a block, and many.
-CLASSES = (1, 2, 10, 100, 1000, 1001, 2048, 2049, 5000)
+CLASSES = (1, 10, 100, 1000, 1001, 2049, 5000)
 
 
 def logits_and_target(

@@ -1,0 +1,146 @@
+"""The captured step: replays give the bits of eager steps, and what may change between replays does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from steps import Training, assert_same_weights, batches, set_lr
+
+from esam_kernels import cross_entropy, make_graphed_step
+from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
+
+masks = pytest.mark.parametrize("mask", ["tensor", "element"])
+bases = pytest.mark.parametrize("base", ["SGD", "AdamW"])
+
+# Warm-up, every draw of the pool captured, and some replayed.
+STEPS = WARMUP_STEPS + DRAW_POOL + 4
+
+
+def graphed_and_eager(device, backend_name, *args, **esam):
+    """Two trainings alike. The eager one draws whole tensors from the same pool."""
+    graphed, eager = (Training(device, backend_name, *args, **esam) for _ in range(2))
+    step = make_graphed_step(graphed.optimizer, graphed.losses, *batches(device, 1)[0])
+    if device.type == "cuda":
+        eager.optimizer._perturbation.draw_pool = DRAW_POOL
+    return step, graphed, eager
+
+
+@masks
+@bases
+@pytest.mark.parametrize("autocast", [False, True])
+def test_replays_are_eager_steps_bit_for_bit(backend_name, device, mask, base, autocast):
+    step, graphed, eager = graphed_and_eager(device, backend_name, base, autocast, mask=mask)
+    for batch in batches(device, STEPS):
+        loss, expected = step(*batch), eager.step(batch)
+        assert torch.equal(loss, expected)
+    assert_same_weights(graphed, eager)
+
+
+@masks
+@bases
+def test_lr_rho_and_gamma_change_between_replays(backend_name, device, mask, base):
+    step, graphed, eager = graphed_and_eager(device, backend_name, base, mask=mask)
+    for number, batch in enumerate(batches(device, STEPS)):
+        for training in (graphed, eager):
+            set_lr(training.optimizer, 0.01 / (1 + number))
+            for group in training.optimizer.param_groups:
+                group["rho"] = 0.02 * (1 + number)
+            training.optimizer.gamma = (0.5, 0.25, 1.0)[number % 3]
+        step(*batch)
+        eager.step(batch)
+    assert_same_weights(graphed, eager)
+
+
+def test_the_element_mask_is_fresh_in_every_replay(backend_name, device):
+    """Two steps from the same weights on the same batch end elsewhere."""
+    step, graphed, _ = graphed_and_eager(device, backend_name, mask="element", rho=1.0)
+    batch = batches(device, 1)[0]
+    for _ in range(WARMUP_STEPS + 1):
+        step(*batch)
+    saved = graphed.weights()
+    ends = []
+    for _ in range(2):
+        with torch.no_grad():
+            for param, weights in zip(graphed.model.parameters(), saved):
+                param.copy_(weights)
+        for buffer in graphed.optimizer.state.values():
+            buffer["momentum_buffer"].zero_()
+        step(*batch)
+        ends.append(torch.cat([weights.flatten() for weights in graphed.weights()]))
+    assert not torch.equal(*ends)
+
+
+def test_a_last_batch_of_another_size_runs_eagerly(backend_name, device):
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask="element")
+    full, rest = batches(device, STEPS), batches(device, 1, size=17)[0]
+    for number, batch in enumerate(full):
+        for given in [batch, rest] if number % 4 == 3 else [batch]:
+            step(*given)
+            eager.step(given)
+    assert_same_weights(graphed, eager)
+
+
+def test_dropout_is_replayed_inside_the_graph_and_fresh_in_every_replay(backend_name, device):
+    training = Training(device, backend_name, gamma=0.5)
+    ones = torch.ones(1000, device=device)
+    noise = [torch.zeros_like(ones) for _ in range(3)]
+    calls = []
+
+    def losses(inputs, targets):
+        noise[len(calls) % 3].copy_(F.dropout(ones))
+        calls.append(None)
+        return training.losses(inputs, targets)
+
+    batch = batches(device, 1)[0]
+    step = make_graphed_step(training.optimizer, losses, *batch)
+    before = None
+    for _ in range(STEPS):
+        step(*batch)
+        assert torch.equal(noise[0], noise[1])
+        assert not torch.equal(noise[1], noise[2])
+        assert before is None or not torch.equal(before, noise[0])
+        before = noise[0].clone()
+
+
+def test_a_closure_that_waits_for_the_device_is_refused(backend_name, device):
+    if device.type != "cuda":
+        pytest.skip("nothing is captured")
+    training = Training(device, backend_name, mask="element")
+
+    def losses(inputs, targets):
+        found = cross_entropy(training.model(inputs), targets)
+        return found * (1.0 if found.mean().item() > 0 else 2.0)
+
+    batch = batches(device, 1)[0]
+    step = make_graphed_step(training.optimizer, losses, *batch)
+    for _ in range(WARMUP_STEPS):
+        step(*batch)
+    before = training.weights()
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        step(*batch)
+    assert all(map(torch.equal, before, training.weights()))
+    training.step(batch)
+    assert all(param.isfinite().all() for param in training.model.parameters())
+
+
+def test_two_graphed_runs_give_the_same_bits(backend_name, device):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        training = Training(device, backend_name, dropout=0.2)
+        step = make_graphed_step(training.optimizer, training.losses, *batches(device, 1)[0])
+        for batch in batches(device, STEPS):
+            step(*batch)
+        runs.append(training)
+    assert_same_weights(*runs)
+
+
+def test_a_base_that_counts_on_the_host_is_refused(backend_name, device):
+    if device.type != "cuda":
+        pytest.skip("nothing is captured")
+    training = Training(device, backend_name)
+    params = list(training.model.parameters())
+    training.optimizer = type(training.optimizer)(params, torch.optim.AdamW(params), backend=backend_name)
+    with pytest.raises(ValueError, match="capturable"):
+        make_graphed_step(training.optimizer, training.losses, *batches(device, 1)[0])

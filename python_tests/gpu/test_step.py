@@ -1,0 +1,171 @@
+"""Whole steps on the device: nothing waits for it, two runs agree bit for bit, and memory stays near SGD's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from steps import Training, assert_same_weights, batches
+from torch import nn
+
+from esam_kernels import ESAM, cross_entropy
+from esam_kernels.doctor import main as doctor
+
+masks = pytest.mark.parametrize("mask", ["tensor", "element"])
+bases = pytest.mark.parametrize("base", ["SGD", "AdamW"])
+
+
+@contextlib.contextmanager
+def no_synchronization(device):
+    """An operation that waits for the device raises."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_guard_notices_a_wait(device):
+    if device.type != "cuda":
+        pytest.skip("there is nothing to wait for")
+    with pytest.raises(RuntimeError), no_synchronization(device):
+        torch.ones(1, device=device).item()
+
+
+@masks
+@bases
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_step_never_waits_for_the_device(backend_name, device, mask, base, gamma):
+    training = Training(device, backend_name, base, mask=mask, gamma=gamma)
+    given = batches(device, 8)
+    for batch in given[:4]:
+        training.step(batch)
+    with no_synchronization(device):
+        for batch in given[4:]:
+            training.step(batch)
+
+
+def test_a_scaled_step_never_waits_for_the_device(backend_name, device):
+    """With a base optimizer that looks at found_inf on the device itself."""
+    training = Training(device, backend_name, beta=1.0)
+    params = list(training.model.parameters())
+    training.optimizer = ESAM(params, torch.optim.AdamW(params, fused=device.type == "cuda"), backend=backend_name)
+    scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
+    given = batches(device, 6)
+    for batch in given[:3]:
+        training.step(batch, scaler=scaler)
+        scaler.update()
+    with no_synchronization(device):
+        for batch in given[3:]:
+            training.step(batch, scaler=scaler)
+            scaler.update()
+    assert all(param.isfinite().all() for param in params)
+
+
+def test_a_scaled_overflow_skips_the_update(backend_name, device):
+    training = Training(device, backend_name)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1e38)
+    before = training.weights()
+    training.step(batches(device, 1)[0], scaler=scaler)
+    assert all(map(torch.equal, before, training.weights()))
+
+
+@masks
+@bases
+@pytest.mark.parametrize("autocast", [False, True])
+def test_two_runs_give_the_same_bits(backend_name, device, mask, base, autocast):
+    runs = [Training(device, backend_name, base, autocast, mask=mask) for _ in range(2)]
+    for training in runs:
+        for batch in batches(device, 5):
+            training.step(batch)
+    assert_same_weights(*runs)
+
+
+@masks
+def test_masks_and_weights_agree_with_the_reference(backend_name, device, mask):
+    """The same draws, and weights that differ by rounding only."""
+    ours, reference = (Training(device, name, mask=mask) for name in (backend_name, "reference"))
+    for batch in batches(device, 5):
+        for training in (ours, reference):
+            training.step(batch)
+    for a, b in zip(ours.weights(), reference.weights()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_the_same_in_both_looks(backend_name, device):
+    """Where nothing moves, the losses before and after are the same, dropout and all."""
+    training = Training(device, backend_name, dropout=0.5, rho=0.0)
+    seen = []
+
+    def losses(inputs, targets):
+        found = training.losses(inputs, targets)
+        seen.append(found.detach().clone())
+        return found
+
+    training.optimizer.step(losses, *batches(device, 1)[0])
+    assert torch.equal(seen[0], seen[1])
+    training.optimizer.step(losses, *batches(device, 1)[0])
+    assert not torch.equal(seen[0], seen[3])
+
+
+class _ConvNet(nn.Module):
+    """Activations outweigh the weights, as in the ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 64, 64, 128, 128, 256]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in itertools.pairwise(widths)
+        )
+        self.head = nn.Linear(256, 100)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_peak_memory_is_within_two_percent_of_sgds(backend_name, device):
+    if device.type != "cuda":
+        pytest.skip("peak memory is read from the CUDA allocator")
+    inputs, targets = torch.randn(128, 3, 64, 64, device=device), torch.randint(100, (128,), device=device)
+
+    def peak(make_step) -> int:
+        torch.manual_seed(0)
+        model = _ConvNet().to(device)
+        step = make_step(model)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated(device)
+
+    def sgd(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+        def step():
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).mean().backward()
+            optimizer.step()
+
+        return step
+
+    def esam(model):
+        settings = {"lr": 0.05, "momentum": 0.9, "gamma": 0.5, "backend": backend_name, "model": model}
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, **settings)
+        return lambda: optimizer.step(lambda x, y: cross_entropy(model(x), y), inputs, targets)
+
+    assert peak(esam) <= 1.02 * peak(sgd)
+
+
+def test_doctor_finds_all_right(device, capsys):
+    assert doctor() == 0, capsys.readouterr().out
