@@ -58,6 +58,7 @@ def batches():
         "misaligned": torch.randn(28)[1:].view(9, 3),
         "slice of rows": torch.randn(10, 2500)[1:],
         "padded rows": torch.randn(9, 8)[:, :5],
+        "rows with gaps": torch.randn(9, 6, 8)[:, :, :5],
         "16-byte lanes": torch.randn(9, 1200, dtype=torch.float64),
         "long rows": torch.randint(0, 256, (9, 40001), dtype=torch.uint8),
         "one number a row": torch.arange(9),

@@ -178,7 +178,7 @@ def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:
