@@ -52,14 +52,12 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
     classes, samples = logits.shape[dim], logits.shape[0]
     if classes == 0:
         raise ValueError(f"logits {tuple(logits.shape)} have no classes")
-    rows = logits.movedim(dim, -1).reshape(-1, classes)
-    if target.is_floating_point():
-        labels = target.movedim(dim, -1).reshape(-1, classes)
-    else:
-        labels = target.reshape(-1).to(torch.int64)
-    losses = ops.cross_entropy(rows, labels, label_smoothing, ignore_index)
+    labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
-        return losses
+        return ops.cross_entropy(logits, labels, label_smoothing, ignore_index)
+    rows = logits.movedim(dim, -1).reshape(-1, classes)
+    labels = labels.movedim(dim, -1).reshape(-1, classes) if labels.is_floating_point() else labels.reshape(-1)
+    losses = ops.cross_entropy(rows, labels, label_smoothing, ignore_index)
     losses = losses.reshape(samples, -1)
     if target.is_floating_point():
         return losses.mean(dim=1)
