@@ -239,6 +239,7 @@ class ESAM(WrappedOptimizer):
         self._perturbation.restore_and_update(self.base_optimizer)
         self._perturbation.ascent.remember(self._perturbation.params)
         torch.clear_autocast_cache()
+        self._note_saved()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
         if zero_grad:
             self.zero_grad(set_to_none=True)
@@ -299,6 +300,7 @@ class ESAM(WrappedOptimizer):
         """
         if self._perturbation.is_perturbed and not batch:
             return self._finish_step(closure)
+        # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
         if closure is None and all(group.get("lr") == 0.0 for group in self.param_groups):
             return self.base_optimizer.step()
         if not callable(closure):

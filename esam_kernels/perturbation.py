@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -88,7 +89,7 @@ class StochasticWeightPerturbation:
             elif name in ("seed", "step"):
                 if not (isinstance(value, int) and 0 <= value < 2**63):
                     raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
-            elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
+            elif not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0.0):
                 raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
     def track(self, param_groups: Sequence[dict[str, Any]]) -> None:
@@ -253,9 +254,9 @@ class StochasticWeightPerturbation:
         Raises:
             ValueError: negative or not finite.
         """
-        if not (isinstance(rho, (int, float)) and math.isfinite(rho) and rho >= 0.0):
+        if not (isinstance(rho, Real) and math.isfinite(rho) and float(rho) >= 0.0):
             raise ValueError(f"rho must be finite and not negative, got {rho!r}")
-        return rho
+        return float(rho)
 
     @property
     def _norm_factor(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -198,6 +198,6 @@ def check_share(name: str, value: Any) -> float:
     Raises:
         ValueError: not in (0, 1].
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0.0 < value <= 1.0) or math.isnan(value):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 < float(value) <= 1.0:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
     return float(value)

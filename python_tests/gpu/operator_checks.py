@@ -273,7 +273,7 @@ def check_adam(
     largest = [guarded.holding(values.abs() + 0.25) for values in random_values(5, dtype)] if amsgrad else []
     taken = [float(i % 3) for i in range(len(params))]
     steps = [torch.tensor(count, device=steps_on) for count in taken]
-    lr, beta1, beta2, eps, decay = 0.125, 0.875, 0.75, 0.0625, 0.0625
+    lr, beta1, beta2, eps, decay = 0.125, 0.25 if maximize else 0.875, 0.75, 0.0625, 0.0625  # lerp from both ends
 
     expected = []
     for i, (w, g, m, v) in enumerate(zip(saved, grads, means, squares)):

@@ -23,9 +23,9 @@ BASES = {
 SCALE = 1024.0
 
 
-def build(base: str = "sgd", mask: str = "tensor", **arguments):
+def build(base: str = "sgd", mask: str = "tensor", batch_norm: bool = True, **arguments):
     kind, kwargs = BASES[base]
-    model = small_net()
+    model = small_net(batch_norm=batch_norm)
     return model, ESAM(model.parameters(), kind, rho=0.3, mask=mask, model=model, **{**kwargs, **arguments})
 
 
@@ -105,8 +105,9 @@ def test_bfloat16_autocast_follows_float32_training():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("mask", ["tensor", "element"])
 def test_grad_scaler_changes_nothing_while_gradients_are_finite(base, way, mask):
-    plain_model, plain = build(base, mask)
-    scaled_model, scaled = build(base, mask)
+    # A bias before BatchNorm has a gradient of rounding errors, which Adam makes a step of.
+    plain_model, plain = build(base, mask, batch_norm=False)
+    scaled_model, scaled = build(base, mask, batch_norm=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for number in range(4):
         torch.manual_seed(number)

@@ -251,3 +251,17 @@ def test_a_group_that_cannot_be_added_is_refused(group, error, message):
     model, optimizer = trained()
     oracles.assert_refused(lambda: optimizer.add_param_group(group), error, message, model, optimizer)
     optimizer.step(oracles.losses_of(model), *oracles.batch())
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    model = nn.Linear(3, 2)
+    optimizer = ESAM(
+        model.parameters(),
+        torch.optim.SGD,
+        lr=0.1,
+        rho=numpy.float32(0.5),
+        beta=numpy.float32(0.5),
+        gamma=numpy.float64(0.25),
+    )
+    assert (optimizer.param_groups[0]["rho"], optimizer.beta, optimizer.gamma) == (0.5, 0.5, 0.25)
