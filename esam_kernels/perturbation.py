@@ -196,7 +196,8 @@ class StochasticWeightPerturbation:
             gradients_are_dropped: the caller drops the gradients after this. Where nobody else holds one, the old
                 weights are then kept in its memory.
             may_lack_gradients: no gradient at all is no error: none of the drawn parameters has a part in the loss.
-            average_over: the process group over whose ranks the gradients are averaged first; None: nothing is.
+            average_over: the process group over whose ranks the gradients of the first of two passes are averaged;
+                None: nothing is.
 
         Raises:
             RuntimeError: no gradients at all, or sparse ones.
@@ -206,7 +207,7 @@ class StochasticWeightPerturbation:
         if self._buffers is not None and self._buffers.refresh():
             self._find_ties()
         self.check_gradients(may_lack_gradients or not self.ascent.two_passes)
-        if average_over is not None:
+        if average_over is not None and self.ascent.two_passes:
             distributed.average_gradients([self.params[i] for i in self.drawn()], average_over)
         indices, grads = self._directions(base)
         if not grads or not any(radii):

@@ -21,6 +21,7 @@ from training import (
     build_model,
     losses_of,
     train_alone,
+    train_on_joined_batches,
     train_on_ranks,
     train_replicas,
     weights,
@@ -41,6 +42,14 @@ def test_synchronised_perturbation_is_that_of_the_whole_batch() -> None:
     options = {**SGD, **TENSOR}
     got = run_ranks(train_on_ranks, "ddp", {**options, "sync_perturbation": True}, 10, {})
     assert_same(got, train_alone(options, 10))
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("ascent", ["previous", "momentum"])
+def test_one_pass_goes_along_what_the_ranks_have_in_common(ascent: str, sync: bool) -> None:
+    options = {**SGD, **ELEMENT, "gamma": 1.0, "ascent": ascent}
+    got = run_ranks(train_on_ranks, "ddp", {**options, "sync_perturbation": sync}, 10, {})
+    assert_same(got, train_on_joined_batches(options, 10))
 
 
 def test_micro_batches_accumulate_as_in_one_process() -> None:

@@ -27,6 +27,7 @@ from training import (
     losses_of,
     shard,
     train_alone,
+    train_on_joined_batches,
     train_on_ranks,
     weights,
 )
@@ -39,6 +40,13 @@ from esam_kernels import ESAM
 def test_ten_steps_equal_one_process(base: dict[str, Any], swp: dict[str, Any]) -> None:
     got = run_ranks(train_on_ranks, "fsdp", {**base, **swp}, 10, {})
     assert_same(got, train_alone({**base, **swp}, 10))
+
+
+@pytest.mark.parametrize("ascent", ["previous", "momentum"])
+def test_one_pass_equals_one_process(ascent: str) -> None:
+    options = {**SGD, **TENSOR, "gamma": 1.0, "ascent": ascent}
+    got = run_ranks(train_on_ranks, "fsdp", options, 10, {})
+    assert_same(got, train_on_joined_batches(options, 10))
 
 
 def test_three_ranks_with_empty_shards_equal_one_process() -> None:

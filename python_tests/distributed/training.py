@@ -124,6 +124,15 @@ def train_alone(
     return weights(model)
 
 
+def train_on_joined_batches(options: dict[str, Any], steps: int, ranks: int = 2) -> list[Tensor]:
+    """One process that takes the batches of all ranks as one."""
+    model = build_model()
+    optimizer = ESAM(model.parameters(), model=model, **options)
+    for step in batches(steps, ranks):
+        optimizer.step(losses_of(model), *joined(step))
+    return weights(model)
+
+
 def train_replicas(options: dict[str, Any], steps: int, ranks: int = 2, parts_per_rank: int = 1) -> list[Tensor]:
     """One process, a replica for each rank with a perturbation of its own; the second gradients are averaged."""
     replicas = []
