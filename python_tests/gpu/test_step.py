@@ -70,7 +70,7 @@ def test_a_scaled_step_never_waits_for_the_device(backend_name, device):
 
 def test_a_scaled_overflow_skips_the_update(backend_name, device):
     training = Training(device, backend_name)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1e38)
+    scaler = torch.amp.GradScaler(device.type, init_scale=3e38)
     before = training.weights()
     training.step(batches(device, 1)[0], scaler=scaler)
     assert all(map(torch.equal, before, training.weights()))

@@ -1,5 +1,5 @@
-// As much of CUDA as csrc/cuda uses, on the CPU: every thread of a block is a fiber, which runs until it has to wait for
-// the others. Slow and in order, but the source is the one that a GPU will run: indices, tails, masks, barriers and
+// As much of CUDA as csrc/cuda uses, on the CPU: every thread of a block is a fiber, which runs until it has to wait
+// for the others. Slow and in order, but the source is the one that a GPU will run: indices, tails, masks, barriers and
 // shared memory are exercised as they are. What it cannot show: races that need two threads at the very same time,
 // memory ordering, and time.
 #pragma once
