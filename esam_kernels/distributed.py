@@ -133,6 +133,15 @@ class Parallelism:
         for module in self._fully_sharded:
             module.reshard()
 
+    def leave_forward(self) -> None:
+        """Make :meth:`reshard` possible after an exception inside a forward.
+
+        FSDP2 believes itself in that forward still, where modules are resharded only if they are after every forward.
+        From here on all are.
+        """
+        for module in self._fully_sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+
 
 def _of_kind(modules: Sequence[nn.Module], package: str, name: str) -> list[Any]:
     """The modules of a class that may not have been imported: then there are none."""

@@ -314,6 +314,8 @@ class ESAM(WrappedOptimizer):
                     return self._step_with_closure(closure)
                 return self._step_on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
             except BaseException:
+                if self._perturbation.is_perturbed:
+                    self._parallelism.leave_forward()
                 self.restore()
                 raise
 

@@ -143,11 +143,12 @@ def _forwards(where: str) -> None:
     check()
 
 
-def test_an_exception_in_the_closure_leaves_the_weights() -> None:
-    run_ranks(_failing_closure)
+@pytest.mark.parametrize("where", ["in the model", "after it"])
+def test_an_exception_in_the_closure_leaves_the_weights(where: str) -> None:
+    run_ranks(_failing_closure, where)
 
 
-def _failing_closure() -> None:
+def _failing_closure(where: str) -> None:
     model = shard(build_model())
     optimizer = ESAM(model.parameters(), model=model, **SGD, **ELEMENT)
     part = next(batches(1))[dist.get_rank()]
@@ -156,15 +157,22 @@ def _failing_closure() -> None:
     with torch.no_grad():
         expected = model(part[0])
 
-    def losses(*batch: Tensor) -> Tensor:
-        calls.append(batch)
-        result = losses_of(model)(*batch)
+    def fail_in_second_look(*_: Any) -> None:
+        calls.append(where)
         if len(calls) == 2:
             raise KeyError("out of disk")
+
+    def losses(*batch: Tensor) -> Tensor:
+        result = losses_of(model)(*batch)
+        if where == "after it":
+            fail_in_second_look()
         return result
 
+    hook = model[5].register_forward_hook(fail_in_second_look) if where == "in the model" else None
     with pytest.raises(KeyError):
         optimizer.step(losses, *part)
+    if hook is not None:
+        hook.remove()
     assert all(torch.equal(param.full_tensor(), before) for param, before in zip(shards, old))
     assert torch.equal(model(part[0]), expected)
 
