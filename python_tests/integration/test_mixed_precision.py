@@ -57,12 +57,16 @@ def test_autocast_around_the_whole_step_is_autocast_around_each_forward(mask):
     def train(around_all: bool):
         model, optimizer = build(mask=mask)
 
+        def autocast(enabled: bool):
+            # A disabled autocast would not do: it keeps the weights that a forward inside it has cached.
+            return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
+
         def losses(inputs, targets):
-            with contextlib.nullcontext() if around_all else torch.autocast("cpu", torch.bfloat16):
+            with autocast(not around_all):
                 return cross_entropy(model(inputs), targets)
 
         for number in range(5):
-            with torch.autocast("cpu", torch.bfloat16, enabled=around_all):
+            with autocast(around_all):
                 optimizer.step(losses, *batch(number))
         return snapshot(model)
 
