@@ -9,7 +9,7 @@ import torch
 
 def is_capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class DeviceNumbers:

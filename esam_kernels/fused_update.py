@@ -46,14 +46,16 @@ def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
     if not are_alike([param.grad for param in params], params):
         return False
     states = [base.state.get(param, {}) for param in params]
-    for name in _LIKE_PARAMETER:
-        held = [(state[name], param) for state, param in zip(states, params) if state.get(name) is not None]
-        if held and not are_alike([tensor for tensor, _ in held], [param for _, param in held]):
+    for name in _LIKE_PARAMETER.intersection(set().union(*states)):
+        held = [state.get(name) for state in states]
+        if not are_alike(held, params) and not all(
+            tensor is None or are_alike([tensor], [param]) for tensor, param in zip(held, params)
+        ):
             return False
     return True
 
 
-_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_LIKE_PARAMETER = frozenset(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
 
 
 def restore_and_step(
@@ -89,19 +91,13 @@ def _learning_rate(group: dict[str, Any]) -> tuple[float, Tensor | None]:
 def _sgd_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:
     lr, lr_tensor = _learning_rate(group)
     momentum = group["momentum"]
-    fresh = [momentum != 0 and base.state[param].get("momentum_buffer") is None for param in params]
-    for first in (True, False):
-        chosen = [i for i, is_fresh in enumerate(fresh) if is_fresh is first]
-        if not chosen:
-            continue
-        if first:
-            for i in chosen:
-                base.state[params[i]]["momentum_buffer"] = torch.empty_like(params[i])
+
+    def update(params: list[Tensor], saved: list[Tensor], buffers: list[Tensor], first: bool) -> None:
         ops.restore_sgd_(
-            [params[i] for i in chosen],
-            [saved[i] for i in chosen],
-            [params[i].grad for i in chosen],
-            [base.state[params[i]]["momentum_buffer"] for i in chosen] if momentum != 0 else [],
+            params,
+            saved,
+            [param.grad for param in params],
+            buffers,
             first,
             lr,
             lr_tensor,
@@ -112,6 +108,22 @@ def _sgd_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], save
             group["maximize"],
             backend=backend,
         )
+
+    if momentum == 0:
+        update(params, saved, [], first=False)
+        return
+    states = [base.state[param] for param in params]
+    fresh = [state.get("momentum_buffer") is None for state in states]
+    for state, param in zip(states, params):
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.empty_like(param)
+    buffers = [state["momentum_buffer"] for state in states]
+    if all(fresh) or not any(fresh):
+        update(params, saved, buffers, first=fresh[0])
+        return
+    for first in (True, False):
+        chosen = [i for i, is_fresh in enumerate(fresh) if is_fresh is first]
+        update([params[i] for i in chosen], [saved[i] for i in chosen], [buffers[i] for i in chosen], first)
 
 
 def _adam_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:

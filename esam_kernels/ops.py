@@ -444,9 +444,9 @@ gather = _register("gather(Tensor[] tensors, Tensor indices, *, str backend='') 
 """The rows ``indices`` of each tensor: any dtype, batch in front, memory format kept."""
 
 
-def gather_rows(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
+def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
     """The rows ``indices`` of each tensor, differentiable with respect to the tensors."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return reference.gather(tensors, indices)
-    rows: list[Tensor] = gather(tensors, indices)
+    rows: list[Tensor] = gather(tensors, indices, backend=backend)
     return rows

@@ -14,7 +14,7 @@ from esam_kernels import distributed, ops
 from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.selection import batch_size, check_losses, gather, num_selected, split
+from esam_kernels.selection import batch_size, check_losses, gather_on, num_selected, split
 from esam_kernels.training_modes import frozen_batch_norm
 from esam_kernels.wrapper import WrappedOptimizer, check_gamma
 
@@ -220,7 +220,8 @@ class ESAM(WrappedOptimizer):
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
         backend = self._perturbation.backend
-        return gather(ops.select(loss_before.detach(), loss_after.detach(), k, backend=backend), *tensors)
+        indices = ops.select(loss_before.detach(), loss_after.detach(), k, backend=backend)
+        return gather_on(backend, indices, *tensors)
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:

@@ -270,14 +270,13 @@ class StochasticWeightPerturbation:
         Raises:
             RuntimeError: with the parameter's number.
         """
-        has_gradient = False
-        for i, param in enumerate(self.params):
-            grad = param.grad
-            if grad is not None:
-                has_gradient = True
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
-        if not (has_gradient or may_lack):
+        grads = [param.grad for param in self.params]
+        if are_alike(grads, self.params):  # the usual case: every parameter has a gradient like itself
+            return
+        for i, grad in enumerate(grads):
+            if grad is not None and grad.layout is not torch.strided:
+                raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
+        if not may_lack and all(grad is None for grad in grads):
             raise RuntimeError("no parameter has a gradient: call backward before first_step")
 
     def _directions(self, base: Optimizer) -> tuple[list[int], list[Tensor]]:

@@ -137,10 +137,15 @@ def gather(indices: Tensor, *tensors: Any) -> Any:
         ValueError: tensors with different numbers of samples, or without a batch dimension.
         TypeError: something else that cannot be indexed by sample.
     """
+    return gather_on("", indices, *tensors)
+
+
+def gather_on(backend: str, indices: Tensor, *tensors: Any) -> Any:
+    """:func:`gather` on a backend of that name, "" for the default of the device."""
     batch_size(tensors)
     leaves, structure = pytree.tree_flatten(tensors)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for i, rows in zip(positions, ops.gather_rows([leaves[i] for i in positions], indices)):
+    for i, rows in zip(positions, ops.gather_rows([leaves[i] for i in positions], indices, backend)):
         leaves[i] = rows
     gathered = pytree.tree_unflatten(leaves, structure)
     return gathered[0] if len(gathered) == 1 else gathered

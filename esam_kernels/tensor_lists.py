@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from esam_kernels.backends import native
 
 
-def _are_alike(tensors: list[Tensor], params: list[Tensor]) -> bool:
-    """Whether each tensor lies in memory as its parameter does: same device, dtype, shape and strides, all dense."""
+def _are_alike(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
+    """Whether each tensor (none is None) lies in memory as its parameter does: device, dtype, shape and strides."""
     return len(tensors) == len(params) and all(
-        tensor.layout == param.layout == torch.strided
+        tensor is not None
+        and tensor.layout == param.layout == torch.strided
         and tensor.dtype == param.dtype
         and tensor.device == param.device
         and tensor.shape == param.shape
@@ -40,7 +41,7 @@ def _are_held_alone(tensors: list[Tensor], objects: int, storage: int) -> list[b
 
 
 _in_cpp = native.extension
-are_alike: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
+are_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
 _count_holders: Callable[[list[Tensor], int], tuple[int, int]] = _in_cpp.holders if _in_cpp else _holders
 _compare_holders: Callable[[list[Tensor], int, int], list[bool]] = (
     _in_cpp.are_held_alone if _in_cpp else _are_held_alone

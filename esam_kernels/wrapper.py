@@ -95,8 +95,11 @@ class WrappedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
-        super().zero_grad(set_to_none)
-        if not set_to_none:
+        if set_to_none:
+            for param in self._perturbation.params:
+                param.grad = None
+        else:
+            super().zero_grad(set_to_none=False)
             self._remember_used_gradients()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -181,12 +184,15 @@ class WrappedOptimizer(Optimizer):
             raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
 
     def _remember_used_gradients(self) -> None:
-        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
-        self._used_gradients = [(grad, grad._version) for grad in grads[:1]]
+        first = self._first_gradient()
+        self._used_gradients = [] if first is None else [(first, first._version)]
+
+    def _first_gradient(self) -> Tensor | None:
+        return next((param.grad for param in self._perturbation.params if param.grad is not None), None)
 
     def _has_new_gradients(self) -> bool:
         """Whether somebody has computed gradients since the last step left its own behind."""
-        grads = [param.grad for param in self._perturbation.params if param.grad is not None]
-        if not grads:
+        first = self._first_gradient()
+        if first is None:
             return False
-        return not any(grads[0] is grad and grad._version == version for grad, version in self._used_gradients)
+        return not any(first is grad and first._version == version for grad, version in self._used_gradients)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     fix = "--fix" in sys.argv
-    sources = sorted(str(path) for suffix in ("h", "cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
+    suffixes = (".h", ".inl", ".cpp", ".cuh", ".cu")
+    sources = sorted(str(path) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
     checks = [
         ["ruff", "check", *(["--fix"] if fix else []), "."],
         ["ruff", "format", *([] if fix else ["--check"]), "."],

@@ -28,7 +28,7 @@ constexpr int64_t kGrain = 32768;
 
 struct Chunk {
   int64_t tensor;
-  int64_t start;   // first element within the tensor
+  int64_t start;  // first element within the tensor
   int64_t length;
   int64_t number;  // among all chunks of all tensors
 };

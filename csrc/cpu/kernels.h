@@ -15,8 +15,8 @@ struct ElementMask {
 };
 
 struct PerturbScalars {
-  double factor;   // scale / (norm + eps)
-  bool adaptive;   // T(w) = |w| + eta instead of 1
+  double factor;  // scale / (norm + eps)
+  bool adaptive;  // T(w) = |w| + eta instead of 1
   double eta;
   const ElementMask* mask;  // null: every element moves
 };
