@@ -115,9 +115,12 @@ def test_element_mask_is_bitwise_the_reference_mask(isa, threads):
         assert torch.equal(moved != 0, reference.element_mask(moved.numel(), offset, RANDOM_STATE))
 
 
-def test_elements_not_drawn_keep_their_bits_nan_payloads_included(isa):
-    params = [torch.full((1000,), 0x7F812345, dtype=torch.int32).view(torch.float32)]
-    grads = [torch.ones(1000)]
+@pytest.mark.parametrize(
+    ("dtype", "nan"), [(torch.float32, 0x7F812345), (torch.bfloat16, 0x7FA5), (torch.float16, 0x7D23)]
+)
+def test_elements_not_drawn_keep_their_bits_nan_payloads_included(isa, dtype, nan):
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    params, grads = [torch.full((1000,), nan, dtype=whole).view(dtype)], [torch.ones(1000, dtype=dtype)]
     partials = reference.norm_partials(grads, grads, [0], [False, False], ETA)
     w, g = clones(params, grads)
     perturb(native, w, g, [], partials, random_state=RANDOM_STATE, groups=[0])
