@@ -75,7 +75,7 @@ def check_expected(results: dict[float, list[Result]]) -> list[dict[str, object]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=positive_int, default=5)
+    parser.add_argument("--seeds", type=positive_int, default=10)
     parser.add_argument("--epochs", type=positive_int, default=25)
     parser.add_argument("--out", metavar="DIR", default="runs")
     options = parser.parse_args(arguments)
