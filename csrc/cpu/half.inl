@@ -28,6 +28,22 @@ struct ComputeType<double> {
 template <typename T>
 using Compute = typename ComputeType<T>::type;
 
+// An unsigned integer of the storage type's size.
+template <typename T>
+struct BitsType {
+  using type = uint16_t;
+};
+template <>
+struct BitsType<float> {
+  using type = uint32_t;
+};
+template <>
+struct BitsType<double> {
+  using type = uint64_t;
+};
+template <typename T>
+using Bits = typename BitsType<T>::type;
+
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }
 

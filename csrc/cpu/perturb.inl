@@ -32,7 +32,10 @@ void perturb_drawn(T* param, const T* grad, T* backup, int64_t n, Compute<T> fac
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i];
     const T perturbed = moved<T, kAdaptive>(w, grad[i], factor, eta);
-    param[i] = words[i] <= bound ? perturbed : w;
+    // As integers: gcc does not vectorise a choice between structs.
+    const Bits<T> drawn = static_cast<Bits<T>>(-static_cast<Bits<T>>(words[i] <= bound));
+    const Bits<T> chosen = (bit_cast<Bits<T>>(perturbed) & drawn) | (bit_cast<Bits<T>>(w) & ~drawn);
+    param[i] = bit_cast<T>(chosen);
     backup[i] = w;
   }
 }
