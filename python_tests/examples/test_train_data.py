@@ -203,9 +203,14 @@ def test_label_noise_flips_the_given_share_to_other_classes(digits):
     assert not torch.equal(noisy.train_labels, with_label_noise(digits, 0.4, seed=2).train_labels)
 
 
-def test_digits_are_split_without_overlap(digits):
+def test_digits_are_split_and_keep_their_labels(digits):
+    from sklearn.datasets import load_digits
+
     assert (len(digits.train_labels), len(digits.test_labels)) == (data.DIGITS_TRAINING_IMAGES, 450)
-    assert digits.train_images.max() == 16
+    images = torch.cat([digits.train_images, digits.test_images]).flatten(1).tolist()
+    labels = torch.cat([digits.train_labels, digits.test_labels]).tolist()
+    original = load_digits()
+    assert sorted(zip(images, labels)) == sorted(zip(original.data.tolist(), original.target.tolist()))
 
 
 def test_every_image_is_in_one_batch_and_the_last_may_be_smaller(digits):

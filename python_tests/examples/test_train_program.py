@@ -9,6 +9,8 @@ import torch
 import train
 import trainer
 
+from esam_kernels import ESAM, SAM
+
 pytest.importorskip("sklearn")
 
 
@@ -26,6 +28,25 @@ def test_default_path_prints_the_table_and_writes_plot_and_json(tmp_path, capsys
     ]
     assert all(len(result["history"]) == 2 for result in run["results"])
     assert run["rows"][1]["speed_to_sam"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("sgd", torch.optim.SGD, {}),
+        ("sam", SAM, {"rho": 0.05, "adaptive": False}),
+        ("asam", SAM, {"rho": 0.5, "adaptive": True}),
+        ("esam", ESAM, {"rho": 0.05, "beta": 0.6, "gamma": 0.5}),
+        ("esam-swp", ESAM, {"rho": 0.05, "beta": 0.6, "gamma": 1.0}),
+        ("esam-sds", ESAM, {"rho": 0.05, "beta": 1.0, "gamma": 0.5}),
+    ],
+)
+def test_optimizer_is_what_its_name_says(name, kind, expected):
+    optimizer = trainer.build_optimizer(name, torch.nn.Linear(2, 2), train.parse_options([]))
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert {key: group[key] if key in group else getattr(optimizer, key) for key in expected} == expected
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 1e-3)
 
 
 @pytest.mark.parametrize("name", trainer.OPTIMIZERS)
