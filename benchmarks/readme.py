@@ -3,12 +3,14 @@
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
-it has. ``--check`` changes nothing, and fails where the README differs.
+it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study.
+``--check`` changes nothing, and fails where the README differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from benchmarks import tables
 README = results.ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>.+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
+STUDY = re.compile(r"(<!-- study:(?P<source>\S+) -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")
 ANY_MARK = re.compile(r"<!-- row: ")
 
@@ -49,7 +52,31 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         comma = "," if "," in match["number"] else ""
         return f"{value:{comma}.{decimals}f}{match['mark']}"
 
-    return MARK.sub(mark, BLOCK.sub(block, text))
+    def study(match: re.Match[str]) -> str:
+        return f"{match[1]}{_study_table(folder / (match['source'] + '.json'))}\n{match[4]}"
+
+    return MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text)))
+
+
+def _study_table(path: Path) -> str:
+    """Test accuracies by optimizer and label noise: mean and standard deviation over the seeds."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    study = json.loads(path.read_text())
+    cells = {(row["optimizer"], row["label_noise"]): row["test_accuracy"] for row in study["rows"]}
+    noises = sorted({noise for _, noise in cells}, reverse=True)
+    optimizers = dict.fromkeys(optimizer for optimizer, _ in cells)
+    lines = [
+        "| test accuracy, % | " + " | ".join(f"{noise:.0%} flipped labels" for noise in noises) + " |",
+        "|---" * (1 + len(noises)) + "|",
+    ]
+    for optimizer in optimizers:
+        found = [cells.get((optimizer, noise)) for noise in noises]
+        texts = ["" if cell is None else f"{cell['mean']:.1f} +- {cell['std']:.1f}" for cell in found]
+        lines.append(f"| {optimizer} | " + " | ".join(texts) + " |")
+    environment, seeds = study["environment"], study["rows"][0]["seeds"]
+    lines.append(f"\n{seeds} seeds; torch {environment['torch']}, commit {environment['commit'][:10]}.")
+    return "\n".join(lines)
 
 
 def _load(path: Path) -> list[results.Row]:

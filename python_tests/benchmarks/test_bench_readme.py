@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import plots, readme, rows
@@ -101,3 +103,13 @@ def test_plots_are_drawn_from_the_rows(folder):
     plots.draw(folder / "cpu")
     assert (folder / "cpu" / "perturb_fp32.png").stat().st_size > 10_000
     assert not (folder / "cpu" / "memory.png").exists()
+
+
+def test_a_study_block_shows_mean_and_spread_of_each_optimizer(tmp_path):
+    cell = {"seeds": 3, "label_noise": 0.4, "optimizer": "sam", "test_accuracy": {"mean": 91.26, "std": 1.24}}
+    study = {"rows": [cell], "environment": {"torch": "2.13.0", "commit": "0123456789abcdef"}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    text = readme.rendered("<!-- study:study -->\n| sam | 99 |\n<!-- /study -->", tmp_path)
+    assert "| sam | 91.3 +- 1.2 |" in text
+    assert "99" not in text
+    assert "3 seeds; torch 2.13.0, commit 0123456789." in text
