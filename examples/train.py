@@ -129,6 +129,8 @@ def train(options: argparse.Namespace) -> list[Result]:
     """All trainings, seed by seed."""
     device = find_device(options.device)
     torch.backends.cudnn.deterministic = True  # resuming with the same bits needs it
+    if options.data == "digits" and options.model == "cnn":
+        torch.set_num_threads(1)  # too little work to divide: with more, the threads mostly wait for one another
     saved = starting_point(options, device)
     data = load(options.data, options.data_path, options.limit).to(device)
     check_batches(options, data)
