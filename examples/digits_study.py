@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=positive_int, default=25)
     parser.add_argument("--out", metavar="DIR", default="runs")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as train.py does for this network
     try:
         results = {noise: train_side_by_side(noise, options.seeds, options.epochs) for noise in CASES}
         checked = check_expected(results)
