@@ -19,7 +19,7 @@ from benchmarks import rows as results
 from benchmarks import tables
 
 README = results.ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>.+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+) -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")
