@@ -88,12 +88,13 @@ def test_three_phases_in_one_autocast_see_the_perturbed_weights():
     assert torch.equal(restored, loss_before)
 
 
-def test_bfloat16_autocast_follows_float32_training():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_follows_float32_training(dtype):
     def train(enabled: bool):
         model, optimizer = build()
 
         def losses(inputs, targets):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with torch.autocast("cpu", dtype, enabled=enabled):
                 return cross_entropy(model(inputs), targets)
 
         return [optimizer.step(losses, *batch(number)).item() for number in range(20)]
