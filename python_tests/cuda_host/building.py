@@ -20,6 +20,9 @@ MODULE = "_cuda_emulated"
 # No contraction: nvcc is told -fmad=false, and both leave fused sums to the source.
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-g0"]
 
+# Asked for once, before any thread does: sysconfig shows half-filled answers to whoever comes second.
+EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++").split()[0])
@@ -42,7 +45,7 @@ def _digest() -> str:
     )
     sources = [path for path in [*sources, ROOT / "csrc" / "philox.h"] if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     text = b"".join(path.read_bytes() for path in sources)
-    return hashlib.sha256(text + sysconfig.get_config_var("EXT_SUFFIX").encode()).hexdigest()[:16]
+    return hashlib.sha256(text + EXTENSION_SUFFIX.encode()).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:
