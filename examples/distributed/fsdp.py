@@ -47,11 +47,11 @@ def main(folder: Path) -> None:
         for batch in order[: TRAINING_IMAGES // (BATCH * ranks) * BATCH * ranks].view(-1, ranks, BATCH)[:, rank]:
             optimizer.step(lambda x, y: cross_entropy(model(x), y), images[batch], labels[batch])
     dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=folder)
-
     with torch.no_grad():  # every rank: the forward gathers the parameters
         right = model(images[TRAINING_IMAGES:]).argmax(1) == labels[TRAINING_IMAGES:]
     if rank == 0:
         print(f"test accuracy {right.float().mean():.3f} after step {optimizer.state_dict()['esam']['step']}")
+    dist.barrier()  # all leave together: gloo may abort a rank whose peer has gone
     dist.destroy_process_group()
 
 

@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    for _ in range(2):
+        finished = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        # Seen once in some twenty runs, on a busy machine: a thread of gloo's ends the process while it is leaving.
+        if "terminate called without an active exception" not in finished.stderr:
+            break
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
