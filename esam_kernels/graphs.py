@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from esam_kernels.ascent import PreviousGradient
 from esam_kernels.device_numbers import DeviceNumbers
-from esam_kernels.fused_update import can_fuse
+from esam_kernels.fused_update import plan_update
 from esam_kernels.optimizer import ESAM
 from esam_kernels.selection import batch_size, num_selected
 
@@ -217,7 +217,7 @@ def _layout(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _check_capturable(optimizer: ESAM) -> None:
     base, perturbation = optimizer.base_optimizer, optimizer._perturbation
-    fused = can_fuse(base, perturbation.backend, perturbation.params)
+    fused = plan_update(base, perturbation.backend, perturbation.params) is not None
     for group in optimizer.param_groups:
         on_device = group.get("capturable") or (isinstance(base, Adam) and group["fused"])
         if type(base) is SGD and fused:

@@ -9,6 +9,7 @@ Lists of tensors are parallel: ``grads[i]`` belongs to ``params[i]``, has its dt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
-from esam_kernels.tensor_lists import are_alike
+from esam_kernels.tensor_lists import are_alike, increment_version
 
 __all__ = [
     "NUM_PARTIALS",
@@ -73,14 +74,29 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"esam_kernels::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.esam_kernels, name).default
-    return operator
+
+    @functools.wraps(implementation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The dispatcher takes about two microseconds for each tensor of a list.
+        return (implementation if _nobody_looks_on() and tuple not in map(type, args) else operator)(*args, **kwargs)
+
+    return call
+
+
+def _nobody_looks_on() -> bool:
+    """Whether an operator may be called without torch's dispatcher: nothing traces, differentiates or profiles it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-_increment_version = torch.autograd.graph.increment_version
 
 
 # -- Stochastic Weight Perturbation ------------------------------------------------------------------------------------
@@ -145,8 +161,8 @@ def _perturb(
         eps,
         random_state,
     )
-    _increment_version(params)
-    _increment_version(backups or grads)
+    increment_version(params)
+    increment_version(backups or grads)
 
 
 perturb_ = _register(
@@ -169,7 +185,7 @@ def _restore(params: list[Tensor], backups: list[Tensor], backend: str = "") -> 
     _check(len(params) > 0, lambda: "params is empty")
     _check_parallel("backups", backups, params)
     resolve(backend, params[0].device).restore_(params, backups)
-    _increment_version(params)
+    increment_version(params)
 
 
 restore_ = _register(
@@ -212,8 +228,8 @@ def _restore_sgd(
         nesterov,
         maximize,
     )
-    _increment_version(params)
-    _increment_version(momentum_buffers)
+    increment_version(params)
+    increment_version(momentum_buffers)
 
 
 restore_sgd_ = _register(
@@ -275,7 +291,7 @@ def _restore_adam(
         decoupled_weight_decay,
     )
     for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
-        _increment_version(tensors)
+        increment_version(tensors)
 
 
 restore_adam_ = _register(
