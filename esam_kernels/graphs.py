@@ -35,9 +35,10 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
     """``optimizer.step`` as one CUDA graph a replay.
 
     The first steps run eagerly, and so does the first one of every new draw, gamma or other setting that a graph holds
-    fast: what it launches is loaded there. The next such step is captured, and from then on replayed. A batch of another
-    shape than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager steps with the
-    same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps.
+    fast: what it launches is loaded there. The next such step is captured, and from then on replayed. A batch of
+    another shape than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager
+    steps with the same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing
+    between steps.
 
     Args:
         optimizer: over CUDA parameters. Elsewhere the step runs eagerly, and one log line says so.
@@ -229,7 +230,7 @@ def _check_capturable(optimizer: ESAM) -> None:
     base, perturbation = optimizer.base_optimizer, optimizer._perturbation
     if optimizer._parallelism.is_spread or optimizer.sync_perturbation:
         raise ValueError(
-            "a model in DistributedDataParallel or fully_shard cannot be captured as one CUDA graph: call optimizer.step"
+            "a model in DistributedDataParallel or fully_shard cannot be captured in a CUDA graph: call optimizer.step"
         )
     fused = can_fuse(base, perturbation.backend, perturbation.params)
     for group in optimizer.param_groups:

@@ -262,12 +262,19 @@ class ESAM(WrappedOptimizer):
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
         check_logits(logits_after, target, label_smoothing)
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
         k = num_selected(self.gamma, samples)
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
-        backend = self._perturbation.backend
-        return selected_from_logits_on(backend, k, loss_before, logits_after, target, *tensors, **options)
+        return selected_from_logits_on(
+            self._perturbation.backend,
+            k,
+            loss_before,
+            logits_after,
+            target,
+            *tensors,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:

@@ -182,8 +182,8 @@ def selected_from_logits_on(
     """:func:`selected_on` where the losses after are the :func:`cross_entropy` of these logits."""
     before, logits = loss_before.detach(), logits_after.detach()
     if logits.dim() != 2:
-        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        return selected_on(backend, k, before, cross_entropy(logits, target, **options), *tensors)
+        after = cross_entropy(logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index)
+        return selected_on(backend, k, before, after, *tensors)
     labels = target if target.is_floating_point() else target.to(torch.int64)
     rest = (k, labels, label_smoothing, ignore_index, backend)
     return _with_rows(tensors, lambda given: ops.select_rows(before, logits, given, *rest))

@@ -182,7 +182,6 @@ def test_select_from_logits_is_one_launch(chosen_backend, emulated, kind, label_
     logits, target, _ = checks.logits_and_target(torch.device("cpu"), dtype, kind, 10, 21)
     if kind == "index":
         target[target == -100] = 3
-    before = torch.rand(21)
     losses = F.cross_entropy(
         logits.double(),
         target if kind == "index" else target.double(),
@@ -190,7 +189,8 @@ def test_select_from_logits_is_one_launch(chosen_backend, emulated, kind, label_
         label_smoothing=label_smoothing,
         ignore_index=3 if kind == "index" else -100,
     )
-    expected = (losses - before.double()).topk(10).indices.sort().values
+    rises = torch.randperm(21) / 100  # small beside what the options change
+    before, expected = (losses - rises).float(), rises.topk(10).indices.sort().values
     emulated.take_launches()
     rows = optimizer.select_from_logits(
         before, logits, target, logits, label_smoothing=label_smoothing, ignore_index=3 if kind == "index" else -100
@@ -202,9 +202,9 @@ def test_select_from_logits_is_one_launch(chosen_backend, emulated, kind, label_
 def test_smoothed_logits_before_and_losses_after(chosen_backend):
     """The kernel is chosen by the logits that are there."""
     logits, target, _ = checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 2500, 9)
-    after = 9 * torch.rand(9)
     losses = F.cross_entropy(logits.double(), target, reduction="none", label_smoothing=0.5)
-    expected = (after - losses).topk(4).indices.sort().values
+    rises = torch.randperm(9) / 100
+    after, expected = (losses + rises).float(), rises.topk(4).indices.sort().values
     indices, (rows,) = ops.select_gather(logits, after, [target], 4, target, 0.5, backend=chosen_backend)
     assert torch.equal(indices, expected)
     assert torch.equal(rows, target[expected])
