@@ -34,6 +34,8 @@ __all__ = [
     "restore_adam_",
     "restore_sgd_",
     "select",
+    "select_gather",
+    "select_rows",
 ]
 
 _library = torch.library.Library("esam_kernels", "DEF")
@@ -465,4 +467,86 @@ def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> li
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return reference.gather(tensors, indices)
     rows: list[Tensor] = gather(tensors, indices, backend=backend)
+    return rows
+
+
+def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int) -> None:
+    """Losses (b,), or beside a target logits (b, C), of the weights before and after."""
+    for name, values in (("before", before), ("after", after)):
+        if target is not None and values.dim() == 2:
+            _check_cross_entropy(values, target)
+            continue
+        _check(
+            values.dim() == 1 and values.is_floating_point(),
+            lambda: (
+                f"{name} must hold one loss per sample, shape (b,), or with a target logits (b, classes), "
+                f"got {values.dtype} {tuple(values.shape)}"
+            ),
+        )
+    samples = before.shape[0]
+    _check(after.shape[0] == samples, lambda: f"before has {samples} samples, after has {after.shape[0]}")
+    _check(1 <= k <= samples, lambda: f"k must lie in [1, {samples}], got {k}")
+
+
+def _select_gather(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> tuple[Tensor, list[Tensor]]:
+    _check_looks(before, after, target, k)
+    for i, tensor in enumerate(tensors):
+        _check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    module = resolve(backend, after.device)
+    in_one_launch = getattr(module, "losses_select_gather", None)
+    if in_one_launch is not None:
+        _, _, indices, rows = in_one_launch(before, after, k, tensors, target, label_smoothing, ignore_index)
+        return indices, rows
+    losses = [
+        module.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0] if values.dim() == 2 else values
+        for values in (before, after)
+    ]
+    indices = module.select(*losses, k)
+    return indices, module.gather(tensors, indices)
+
+
+def _fake_select_gather(
+    before: Tensor, after: Tensor, tensors: list[Tensor], k: int, *_: Any, **__: Any
+) -> tuple[Tensor, list[Tensor]]:
+    indices = after.new_empty(k, dtype=torch.int64)
+    return indices, reference.gather(tensors, indices)
+
+
+select_gather = _register(
+    "select_gather(Tensor before, Tensor after, Tensor[] tensors, int k, Tensor? target=None, "
+    "float label_smoothing=0.0, int ignore_index=-100, *, str backend='') -> (Tensor, Tensor[])",
+    _select_gather,
+    _fake_select_gather,
+)
+"""What ``select`` returns for the losses ``before`` and ``after``, (b,), and the rows of ``tensors`` that it names.
+
+With ``target`` either may be logits (b, C) in place of losses. One launch where the backend has one (cuda).
+"""
+
+
+def select_rows(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> list[Tensor]:
+    """The rows that ``select_gather`` returns, differentiable with respect to the tensors."""
+    arguments = (k, target, label_smoothing, ignore_index)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        indices, _ = select_gather(before, after, [], *arguments, backend=backend)
+        return reference.gather(tensors, indices)
+    rows: list[Tensor] = select_gather(before, after, tensors, *arguments, backend=backend)[1]
     return rows
