@@ -7,6 +7,7 @@ two CPU cores. Prints one table, and writes a plot and a JSON file into the dire
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.
 NOT_COMPARED = ("checkpoint", "resume", "out", "data_path", "device", "workers", "recipe")
+# One for each core that the process may use, but no more than keep one GPU busy.
+WORKERS = min(len(os.sched_getaffinity(0)), 16)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -78,7 +81,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument(
         "--cudnn-benchmark", action="store_true", help="the fastest convolutions: resumed runs may differ in last bits"
     )
-    machine.add_argument("--workers", type=workers, default=4, help="processes that decode ImageNet (default 4)")
+    machine.add_argument("--workers", type=workers, default=WORKERS, help=f"processes decoding ImageNet ({WORKERS})")
     machine.add_argument("--checkpoint", metavar="DIR", help="save the state there after every epoch")
     machine.add_argument("--resume", action="store_true", help="go on from the state in --checkpoint")
     machine.add_argument("--out", metavar="DIR", default="runs", help="for the plot and the JSON (default runs)")
