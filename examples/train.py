@@ -27,7 +27,7 @@ from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.
 NOT_COMPARED = ("checkpoint", "resume", "out", "data_path", "device", "workers", "recipe")
-# One for each core that the process may use, but no more than keep one GPU busy.
+# One for each core that the process may use.
 WORKERS = min(len(os.sched_getaffinity(0)), 16)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -75,6 +75,19 @@ def test_channels_last_is_the_layout_of_images_and_weights_and_changes_no_value(
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
 
 
+@pytest.mark.parametrize("name", ["sgd", "sam", "esam"])
+def test_an_epoch_waits_for_the_device_as_often_whatever_its_steps(name):
+    waits = []
+    for images in ("16", "32"):
+        trainer = trainer_of(name, "--limit", images, "--lr-schedule", "cosine", "--lr-warmup", "0.5")
+        trainer.train_epoch()
+        with torch.profiler.profile() as profile:
+            trainer.train_epoch()
+        calls = {event.key: event.count for event in profile.key_averages()}
+        waits.append(sum(calls.get(key, 0) for key in ("aten::_local_scalar_dense", "aten::nonzero")))
+    assert waits == [3, 3]  # the training loss, and loss and accuracy on the test set
+
+
 def history(capsys, *arguments):
     options = train.parse_options([*SMALL, "--optimizer", "sam", "esam", *arguments])
     results = train.train(options)
