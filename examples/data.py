@@ -158,8 +158,8 @@ def with_label_noise(data: AnyDataSet, share: float, seed: int) -> AnyDataSet:
     """``data`` where ``share`` of the training labels, drawn at random, is another class, drawn uniformly."""
     generator = torch.Generator().manual_seed(seed)
     labels = data.train_labels.clone()
-    flipped = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    shift = torch.randint(1, data.classes, (len(flipped),), generator=generator)
+    flipped = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))].to(labels.device)
+    shift = torch.randint(1, data.classes, (len(flipped),), generator=generator).to(labels.device)
     labels[flipped] = (labels[flipped] + shift) % data.classes
     return replace(data, train_labels=labels)
 

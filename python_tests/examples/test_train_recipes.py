@@ -1,10 +1,16 @@
 """Recipes: the paper's numbers, and options that override them."""
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 import recipes
+import torch
 import train
+from models import MODELS, build_model
+
+PAGE = (Path(__file__).parents[2] / "docs" / "examples.md").read_text()
 
 # As in the paper: epochs, batch size, learning rate, weight decay, rho (None: not the paper's), beta, gamma.
 TABLE_7 = {
@@ -112,3 +118,22 @@ def test_recipe_trains_on_synthetic_data(tmp_path, capsys):
     assert train.main(arguments) == 0
     assert "esam" in capsys.readouterr().out
     assert (tmp_path / "synthetic-cifar10_cnn.json").exists()
+
+
+def test_page_names_the_options_that_there_are():
+    known = {f"--{name.replace('_', '-')}" for name in vars(train.parse_options([]))}
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+    assert named - known == set()
+    assert {"--recipe", "--graph", "--channels-last", "--micro-batch", "--lr-warmup"} <= named
+
+
+def test_page_names_the_networks_and_their_sizes():
+    (table,) = re.findall(r"## Networks\n(.*?)\nThe tests", PAGE, re.S)
+    assert set(re.findall(r"`([a-z0-9-]+)`", table)) - {"--model"} == set(MODELS)
+    for names, numbers in re.findall(r"^\| (`resnet.*|`wrn.*|`pyramid.*|`vit.*?) \|.*\| (.*?) \|$", table, re.M):
+        names = re.findall(r"`([a-z0-9-]+)`", names)
+        classes = int(re.search(r"\((\d+)\)", numbers)[1])
+        counts = [int(count.replace(",", "")) for count in re.findall(r"\d[\d,]{6,}", numbers)]
+        with torch.device("meta"):
+            models = [build_model(name, 3, 224, classes) for name in names]
+        assert counts == [sum(parameter.numel() for parameter in model.parameters()) for model in models]
