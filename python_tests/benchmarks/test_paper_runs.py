@@ -124,6 +124,19 @@ def test_a_unit_with_other_settings_is_measured_again_and_replaces_its_rows(tmp_
     assert not store.is_done([], "small", same)
 
 
+def test_stopped_while_saving_the_file_has_the_earlier_rows(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    store.save(path, [{"value": 1}])
+
+    def stop(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(path, [{"value": 1}, {"value": 2}])
+    assert json.loads(path.read_text()) == [{"value": 1}]
+
+
 def test_minutes_stop_between_units_and_the_rest_follows(tmp_path, monkeypatch, capsys):
     ran = []
     register(monkeypatch, numbers(ran))
