@@ -40,6 +40,8 @@ def section(experiment: Experiment, folder: Path, page: Path) -> str:
         lines += [line(claim) for claim in experiment.claims(rows)]
     if not groups:
         lines += [line(claim) for claim in experiment.claims([])]
+    elif all(scale != "paper" for _, scale, _ in groups):
+        lines += ["", "At the scale of the paper: not measured."]
     for directory, scale, _ in groups:
         drawn = runner.figure_path(experiment, scale, directory)
         if drawn.exists():

@@ -59,6 +59,13 @@ def test_a_claim_is_a_line_with_its_conditions_and_smoke_is_not_shown(folder):
     assert "answer_paper.png" not in text
 
 
+def test_rows_of_a_smaller_scale_do_not_measure_that_of_the_paper(folder):
+    sentence = "At the scale of the paper: not measured."
+    assert sentence not in report.rendered(folder / "rows", folder / "page.md")
+    (folder / "rows" / "gpu" / "answer.json").unlink()
+    assert sentence in report.rendered(folder / "rows", folder / "page.md")
+
+
 def test_what_has_no_rows_is_not_measured(folder):
     text = report.rendered(folder / "nothing", folder / "page.md")
     assert "| the answer | 42 (Table 0) | not measured |  |  |  |  |  |  |" in text

@@ -61,8 +61,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 def figure(rows: Sequence[Row], path: Path) -> None:
     names = curves.data_sets(rows)
-    title = "Cosine between the gradient of a part of the batch and that of the whole, at w + e"
-    with plotting.figure(path, title, rows, panels=len(names), sharey=True) as axes:
+    with plotting.figure(
+        path, "Cosine to the gradient of the batch, at w + e", rows, panels=len(names), sharey=True
+    ) as axes:
         for axis, name in zip(axes, names):
             own = [row for row in rows if row["data"] == name]
             for color, (field, label) in zip(plotting.COLORS[1:], CURVES.items()):
