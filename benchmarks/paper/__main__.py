@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("name", metavar="NAME", help="an experiment, all, list or report")
     result.add_argument("--scale", choices=SCALES, default="small")
     result.add_argument("--seeds", type=positive_int, help="how many, from 0 on (default: the experiment's own)")
+    result.add_argument("--epochs", type=positive_int, help="of each training (default: the experiment's own)")
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--data", help=f"a folder with CIFAR or ImageNet, an archive, or digits (default: ${VARIABLE})")
     result.add_argument("--out", type=Path, help="for rows and figures (default: benchmarks/results/paper/<device>)")
@@ -70,7 +71,7 @@ def measure(chosen: list[Experiment], options: argparse.Namespace) -> int:
         seeds = tuple(range(options.seeds or experiment.seeds[options.scale]))
         checkpoints = ROOT / "runs" / "paper" / out.name if options.out is None else out / "checkpoints"
         scratch = checkpoints / experiment.name / options.scale
-        settings = Settings(options.scale, seeds, device, data, scratch, deadline)
+        settings = Settings(options.scale, seeds, device, data, scratch, deadline, options.epochs)
         try:
             finished = runner.run(experiment, settings, out, options.fresh)
             code = max(code, 0 if finished else EXIT_NOT_FINISHED)

@@ -29,7 +29,9 @@ def recipe(settings: Settings, data: str) -> tuple[list[str], int | None]:
     small = SMALL_RECIPES["digits" if data == "digits" else "cifar"]
     words = settings.choose(smoke=f"{small} --epochs 2", small=small, paper=PAPER_RECIPE).split()
     small_limit = None if data == "digits" else 2000
-    return [*words, "--gamma-warmup", "0"], settings.choose(smoke=256, small=small_limit, paper=None)
+    return settings.with_epochs([*words, "--gamma-warmup", "0"]), settings.choose(
+        smoke=256, small=small_limit, paper=None
+    )
 
 
 def probed_batches(trainer: Trainer) -> list[tuple[Tensor, Tensor]]:

@@ -35,10 +35,15 @@ class Settings:
     data: Data
     scratch: Path
     deadline: float = float("inf")
+    epochs: int | None = None
 
     def choose(self, *, smoke: T, small: T, paper: T) -> T:
         """The value for this scale."""
         return {"smoke": smoke, "small": small, "paper": paper}[self.scale]
+
+    def with_epochs(self, words: list[str]) -> list[str]:
+        """Options of train.py, with the number of epochs that the user gave in the place of the experiment's own."""
+        return words if self.epochs is None else [*words, "--epochs", str(self.epochs)]
 
     def scratch_of(self, key: str) -> Path:
         """The folder for the checkpoints of the unit ``key``; it is removed when the unit is finished."""

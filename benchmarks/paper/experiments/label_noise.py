@@ -35,7 +35,7 @@ OWN = "not in the paper, whose labels are clean"
 def units(settings: Settings) -> list[Unit]:
     """Seed by seed, so that whatever is there of an interrupted run can be compared."""
     name = "digits" if settings.scale != "paper" else settings.data.available("cifar10")[0]
-    options = settings.choose(smoke="--epochs 2", small="", paper=PAPER_OPTIONS).split()
+    options = settings.with_epochs(settings.choose(smoke="--epochs 2", small="", paper=PAPER_OPTIONS).split())
     limit = settings.choose(smoke=192, small=None, paper=None)
     read: list[DataSet] = []
 
