@@ -43,7 +43,7 @@ def units(settings: Settings) -> list[Unit]:
         if not read:
             read.append(settings.data.load(name, limit))
         clean = read[0]
-        noisy = with_label_noise(clean.to(torch.device("cpu")), noise, seed).to(settings.device)
+        noisy = with_label_noise(clean, noise, seed)
         wrong = noisy.train_labels != clean.train_labels
 
         def measure(trainer: Trainer) -> Row:
