@@ -177,7 +177,6 @@ def figure(rows: Sequence[Row], path: Path, title: str, axis_label: str) -> None
     levels = torch.logspace(*(bound.log10().item() for bound in (losses.min(), losses.max() * 1.0001)), 25).tolist()
     with plotting.figure(path, title, rows, panels=len(shown) + 1) as axes:
         from matplotlib.colors import LogNorm
-        from matplotlib.ticker import LogLocator
 
         for panel, (name, row) in zip(axes, shown.items()):
             axis, values = grid(row)
@@ -185,7 +184,9 @@ def figure(rows: Sequence[Row], path: Path, title: str, axis_label: str) -> None
             norm = LogNorm(levels[0], levels[-1])
             drawn = panel.contourf(at, at, values.clamp(min=1e-6).T.tolist(), levels=levels, norm=norm)
             panel.set(title=f"{OPTIMIZERS[name]}, seed {row['seed']}", xlabel=axis_label, aspect="equal")
-        axes[0].figure.colorbar(drawn, ax=axes[: len(shown)], label="loss", shrink=0.8, ticks=LogLocator())
+        axes[0].figure.colorbar(
+            drawn, ax=axes[: len(shown)], label="loss", shrink=0.8, ticks=levels[::6], format="%.2g"
+        )
         for color, name in zip(plotting.COLORS, shown):
             curves = [rise_by_distance(row) for row in of(own, optimizer=name)]
             rises = list(zip(*(rise for _, rise in curves)))

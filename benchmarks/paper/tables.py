@@ -265,7 +265,7 @@ def figure(rows: Sequence[Row], path: Path, title: str) -> None:
             points = [(names.index(name), value) for name, found in own.items() for value in found]
             left.plot(*zip(*points), "o", color=color, alpha=0.4, markersize=4)
             means = [(names.index(name), statistics.mean(found)) for name, found in own.items() if found]
-            left.plot(*zip(*means), "_-", color=color, markersize=12, linewidth=0.8, label=label)
+            left.plot(*zip(*means), "_", color=color, markersize=24, label=label)
         cases = list(dict.fromkeys((row["model"], row["set"], row["network"], row["way"]) for row in speed))
         width = 0.8 / max(len(cases), 1)
         for number, (color, case) in enumerate(zip(plotting.COLORS * 4, cases)):
@@ -278,6 +278,6 @@ def figure(rows: Sequence[Row], path: Path, title: str) -> None:
             right.bar(at, list(heights.values()), width, color=color, alpha=0.8, label=label)
         for axis, label in ((left, "best test accuracy (%)"), (right, "images/s (% of SGD's)")):
             axis.set_xticks(range(len(names)), [OPTIMIZERS[name] for name in names])
-            axis.set_ylabel(label)
+            axis.set(ylabel=label, xlim=(-0.6, len(names) - 0.4))
             if axis.has_data():
                 axis.legend(frameon=False, fontsize=7)

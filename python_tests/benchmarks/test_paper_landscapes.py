@@ -128,26 +128,36 @@ def test_the_wrong_labels_that_sds_would_choose_are_those_of_a_plain_computation
     assert all(map(torch.equal, weights, trainer.model.parameters()))
 
 
-def noise_rows(by_noise: dict[float, tuple[float, float, float, float]]) -> list[dict]:
+def noise_rows(by_noise: dict[float, tuple[float, float, float, float]], selected: float = 0.5) -> list[dict]:
     names = ("sgd", "sam", label_noise.WARM_UP, label_noise.CONSTANT_GAMMA)
+    common = {"wrong_selected": [None, selected, None, selected - 0.2], "seed": 5}
     return [
-        {"noise": noise, "optimizer": name, "test_accuracy": accuracy, "seed": 5}
+        {**common, "noise": noise, "optimizer": name, "test_accuracy": accuracy}
         for noise, accuracies in by_noise.items()
         for name, accuracy in zip(names, accuracies)
     ]
 
 
 def test_label_noise_says_where_constant_gamma_collapses_and_whether_the_warm_up_prevents_it():
-    rows = noise_rows({0.0: (99.0, 99.0, 98.6, 98.0), 0.2: (90.0, 95.0, 96.0, 86.0), 0.4: (75.0, 85.0, 84.0, 50.0)})
-    *numbers, collapse, prevented = label_noise.claims(rows)
+    rows = noise_rows({0.0: (99.0, 99.0, 98.6, 98.0), 0.2: (90.0, 95.0, 94.0, 86.0), 0.4: (75.0, 85.0, 86.0, 50.0)})
+    *numbers, collapse, prevented, everywhere, _ = label_noise.claims(rows)
     assert [claim.measured for claim in numbers if "40%" in claim.text] == [
-        "SGD 75.0; SAM 85.0; ESAM, gamma warm-up 84.0; ESAM, constant gamma 50.0"
+        "SGD 75.0; SAM 85.0; ESAM, gamma warm-up 86.0; ESAM, constant gamma 50.0"
     ]
     assert (collapse.holds, collapse.measured) == (True, "at 40% (-35.0 points)")
-    assert (prevented.holds, prevented.measured) == (False, "at 2 of 3: -0.4 at 0%, +1.0 at 20%, -1.0 at 40% points")
+    assert (prevented.holds, prevented.measured) == (True, "at 1 of 1: +1.0 at 40% points")
+    assert (everywhere.holds, everywhere.measured) == (False, "at 2 of 3: -0.4 at 0%, -1.0 at 20%, +1.0 at 40% points")
 
 
 def test_label_noise_compares_only_where_all_were_trained():
     rows = noise_rows({0.0: (99.0, 99.0, 99.0, 99.0)}) + noise_rows({0.6: (50.0, 60.0, 0.0, 0.0)})[:2]
-    *_, collapse, prevented = label_noise.claims(rows)
-    assert (collapse.holds, collapse.measured, prevented.measured) == (False, "nowhere", "at 1 of 1: +0.0 at 0% points")
+    *_, collapse, prevented, everywhere, _ = label_noise.claims(rows)
+    assert (collapse.holds, collapse.measured, prevented.measured) == (False, "nowhere", None)
+    assert everywhere.measured == "at 1 of 1: +0.0 at 0% points"
+
+
+@pytest.mark.parametrize(("selected", "holds"), [(0.65, True), (0.45, False)])
+def test_label_noise_compares_the_wrong_labels_in_b_plus_with_those_of_the_training_set(selected, holds):
+    """Of two looks, the second finds 0.2 less."""
+    found = label_noise.claims(noise_rows({0.0: (1.0,) * 4, 0.4: (1.0,) * 4}, selected))[-1]
+    assert (found.holds, found.measured) == (holds, f"{100 * (selected - 0.1):.0f} % of B+ at 40%")
