@@ -125,16 +125,9 @@ def test_figure_5_compares_means_over_the_seeds_of_each_data_set():
     losses = {"selected_perturbed": 1.0, "rest_perturbed": 1.0, "epoch": 1, "test_accuracy": 90.0}
     rows = [{"data": d, "seed": s, "selected": a, "rest": b, **losses} for d, s, a, b in both]
     digits, cifar = (claim for claim in figure5.claims(rows) if "at w," in claim.text)
-    assert (digits.measured, digits.holds, len(digits.rows)) == (
-        "in 1 of 1 epochs; 2.5 against 2 on average; test accuracy 90.0 % at the end",
-        True,
-        2,
-    )
-    assert (cifar.measured, cifar.holds, len(cifar.rows)) == (
-        "in 0 of 1 epochs; 1 against 2 on average; test accuracy 90.0 % at the end",
-        False,
-        1,
-    )
+    assert digits.measured.startswith("in 1 of 1 epochs; 2.5 against 2 on average")
+    assert cifar.measured.startswith("in 0 of 1 epochs; 1 against 2 on average")
+    assert [(claim.holds, len(claim.rows)) for claim in (digits, cifar)] == [(True, 2), (False, 1)]
 
 
 def test_figure_6_orders_the_three_cosines():
