@@ -20,7 +20,7 @@ class TopEigenvalue(NamedTuple):
     eigenvalue: float
     """Of the largest magnitude, with its sign."""
     eigenvector: list[Tensor]
-    """Of norm 1: one tensor for each parameter that trains, in the order of ``model.parameters()``."""
+    """Of norm 1: one tensor for each parameter that trains, in the order of ``model.parameters()``, float32 or wider."""
     iterations: int
     """Hessian-vector products taken."""
     converged: bool
@@ -65,7 +65,7 @@ def top_hessian_eigenvalue(
     with Probe(model, closure, batch, micro_batch) as probe:
         product = _HessianProduct(probe)
         generator = torch.Generator().manual_seed(seed)
-        v = _unit([_normal_like(weight, generator) for weight in probe.weights])
+        v = _unit(probe.normal(generator))
         eigenvalue, converged = math.nan, False
         for iteration in range(1, iterations + 1):
             hv = product(v)
@@ -90,7 +90,7 @@ class _HessianProduct:
         return _twice(lambda: self._probe.differentiate(loss, create_graph=True))
 
     def __call__(self, v: Vector) -> Vector:
-        total: Vector = [torch.zeros_like(part) for part in v]
+        total = self._probe.zeros()
         if self._kept is None:
             self._probe.each_part(lambda losses: self._add(total, self._gradient(losses), v))
         else:
@@ -118,11 +118,6 @@ def _twice(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
                 f"SDPBackend.MATH); no torch.compile). torch says: {error}"
             ) from error
         raise
-
-
-def _normal_like(weight: Tensor, generator: torch.Generator) -> Tensor:
-    normal = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    return torch.empty_like(weight, requires_grad=False).copy_(normal)
 
 
 def _unit(vector: Vector) -> Vector:

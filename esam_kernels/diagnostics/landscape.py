@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.diagnostics.probe import Probe, Vector
-from esam_kernels.selection import gather
 
 DIRECTIONS = ("random", "adversarial")
 KINDS = ("contour", "surface")
@@ -124,12 +123,11 @@ def _directions(probe: Probe, directions: Any, seed: int, normalize: str | None)
     if not isinstance(directions, str):
         x, y = _given(probe, directions)
     elif directions == "random":
-        x, y = (_normal(probe, generator) for _ in range(2))
+        x, y = probe.normal(generator), probe.normal(generator)
     elif directions == "adversarial":
         x, y = _adversarial(probe, generator)
     else:
         raise ValueError(f"directions must be one of {DIRECTIONS}, or a pair of lists of tensors, got {directions!r}")
-    x, y = ([part.to(compute_dtype(part.dtype)) for part in direction] for direction in (x, y))
     if isinstance(directions, str):
         y = _orthogonal(x, y, normalize)
     if normalize == "filter":
@@ -145,24 +143,20 @@ def _given(probe: Probe, directions: Any) -> tuple[Vector, Vector]:
         got = [tuple(part.shape) for part in direction]
         if got != shapes:
             raise ValueError(f"directions[{number}] has tensors of shapes {got}, the parameters that train {shapes}")
-    x, y = ([part.detach().to(w) for part, w in zip(direction, probe.weights)] for direction in directions)
+    x, y = (
+        [part.detach().to(w.device, compute_dtype(w.dtype)) for part, w in zip(direction, probe.weights)]
+        for direction in directions
+    )
     return x, y
-
-
-def _normal(probe: Probe, generator: torch.Generator) -> Vector:
-    return [torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w) for w in probe.weights]
 
 
 def _adversarial(probe: Probe, generator: torch.Generator) -> tuple[Vector, Vector]:
     if probe.samples < 2:
         raise ValueError("adversarial directions need two samples or more: one half of the batch for each")
     order = torch.randperm(probe.samples, generator=generator)
-    halves = []
-    for part in order.tensor_split(2):
-        gathered = gather(part.sort().values, *probe.batch)
-        with torch.enable_grad():
-            halves.append(probe.gradient(gathered if len(probe.batch) > 1 else (gathered,))[1])
-    return halves[0], halves[1]
+    with torch.enable_grad():
+        x, y = (probe.gradient(probe.subset(half.sort().values))[1] for half in order.tensor_split(2))
+    return x, y
 
 
 def _orthogonal(x: Vector, y: Vector, normalize: str | None) -> Vector:
@@ -171,8 +165,13 @@ def _orthogonal(x: Vector, y: Vector, normalize: str | None) -> Vector:
         along = sum(_inner(a, b) for a, b in zip(x, y)) / max(sum(_inner(a, a) for a in x), _TINY)
         return [b - along * a for a, b in zip(x, y)]
     return [
-        b - _per_filter(a, b) / _per_filter(a, a).clamp(min=_TINY) * a if a[0].numel() > 1 else b for a, b in zip(x, y)
+        b - _per_filter(a, b) / _per_filter(a, a).clamp(min=_TINY) * a if _has_filters(a) else b for a, b in zip(x, y)
     ]
+
+
+def _has_filters(part: Tensor) -> bool:
+    """Whether it has filters of more than one number: in one there is only one direction."""
+    return part.dim() > 1 and part.numel() > part.shape[0]
 
 
 def _filter_normalized(probe: Probe, direction: Vector) -> Vector:

@@ -23,7 +23,7 @@ from esam_kernels.training_modes import RandomState
 
 Result = TypeVar("Result")
 Vector = list[Tensor]
-"""One tensor for each of ``Probe.weights``, lying in memory as that does."""
+"""One tensor for each of ``Probe.weights``, of its shape and strides, in float32 or, where the weight is, float64."""
 
 
 class Probe:
@@ -67,11 +67,16 @@ class Probe:
     # -- nothing is left changed ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> Probe:
-        self._outside = contextlib.ExitStack()
-        self._outside.enter_context(torch.inference_mode(False))
-        self._outside.enter_context(torch.enable_grad())
-        self._outside.enter_context(distributed.Parallelism(self._model).without_synchronization())
-        tensors = [*self._params, *self._model.buffers()]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(distributed.Parallelism(self._model).without_synchronization())
+            self._remember()
+            self._outside = stack.pop_all()
+        return self
+
+    def _remember(self) -> None:
+        tensors = [*self._all, *self._model.buffers()]
         self._noise = RandomState({tensor.device for tensor in tensors})
         self._flags = [(param, param.requires_grad, param.grad) for param in self._all]
         self._modes = [(module, module.training) for module in self._model.modules()]
@@ -82,8 +87,7 @@ class Probe:
             if buffer is not None
         ]
         with torch.no_grad():
-            self.saved: Vector = [torch.empty_like(weight).copy_(weight) for weight in self.weights]
-        return self
+            self.saved = [torch.empty_like(weight).copy_(weight) for weight in self.weights]
 
     def __exit__(self, *_: object) -> None:
         with self._outside:
@@ -105,8 +109,19 @@ class Probe:
     @torch.no_grad()
     def _restore_buffers(self) -> None:
         for owner, name, buffer, saved in self._buffers:
-            buffer.copy_(saved)
+            if not _is_expanded(buffer):
+                buffer.copy_(saved)
             owner[name] = buffer
+
+    # -- vectors -------------------------------------------------------------------------------------------------------
+
+    def zeros(self) -> Vector:
+        """The vector 0."""
+        return [torch.zeros_like(saved, dtype=compute_dtype(saved.dtype)) for saved in self.saved]
+
+    def normal(self, generator: torch.Generator) -> Vector:
+        """A vector of independent normal numbers, from a generator on the CPU: the same on every device."""
+        return [part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64)) for part in self.zeros()]
 
     # -- other weights -------------------------------------------------------------------------------------------------
 
@@ -123,8 +138,10 @@ class Probe:
     def perturb(self, optimizer: ESAM, gradient: Vector) -> None:
         """To w + e, with the e that ``optimizer`` (see :meth:`perturber`) takes along ``gradient``."""
         for weight, grad in zip(self.weights, gradient):
-            weight.grad = grad
-        optimizer.first_step(zero_grad=True)
+            weight.grad = grad.to(weight.dtype)
+        optimizer.first_step()  # which leaves the gradients as they are: they are the caller's
+        for weight in self.weights:
+            weight.grad = None
 
     def perturber(self, **kwargs: Any) -> ESAM:
         """An optimizer over the weights, left in their places, that is there for its perturbation only."""
@@ -165,7 +182,7 @@ class Probe:
     def gradient(self, batch: tuple[Any, ...] | None = None) -> tuple[Tensor, Vector]:
         """The losses, detached, and the gradient of their mean."""
         samples = self.samples if batch is None else batch_size(batch)
-        total: Vector = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
+        total = self.zeros()
 
         def add(losses: Tensor) -> Tensor:
             self.add(total, self.differentiate(losses.sum() / samples))
@@ -220,6 +237,11 @@ def dot(left: Vector, right: Vector) -> float:
 def norm(vector: Vector) -> float:
     """The Euclidean norm, in float64."""
     return dot(vector, vector) ** 0.5
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one number in memory: torch refuses to write into such a tensor."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def _check_parameters(params: list[nn.Parameter]) -> None:

@@ -79,7 +79,7 @@ def sharpness(
         probe.perturb(optimizer, gradient)
         perturbed = [probe.loss()]
         scaling = [saved.abs() if adaptive else torch.ones_like(saved) for saved in probe.saved]
-        z: Vector = _climb([torch.zeros_like(saved) for saved in probe.saved], gradient, scaling, rho, eps)
+        z = _climb(probe.zeros(), gradient, scaling, rho, eps)
         for _ in range(ascent_steps - 1):
             z = _climb(z, probe.gradient()[1], scaling, rho, eps)
             probe.move((1.0, [t * part for t, part in zip(scaling, z)]))
