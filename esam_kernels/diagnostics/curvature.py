@@ -20,7 +20,7 @@ class TopEigenvalue(NamedTuple):
     eigenvalue: float
     """Of the largest magnitude, with its sign."""
     eigenvector: list[Tensor]
-    """Of norm 1: one tensor for each parameter that trains, in the order of ``model.parameters()``, float32 or wider."""
+    """Of norm 1: a tensor for each parameter that trains, in the order of ``model.parameters()``, float32 or wider."""
     iterations: int
     """Hessian-vector products taken."""
     converged: bool
