@@ -200,9 +200,12 @@ class Probe:
         """
         if not value.requires_grad:
             raise ValueError("the closure's losses depend on no parameter that trains (is it run under no_grad?)")
+        # Functions that are differentiable once leave a mark in the graph only where what they are given needs a gradient.
+        seed = torch.ones_like(value, requires_grad=create_graph)
         return torch.autograd.grad(
             value,
             self._params,
+            grad_outputs=seed,
             create_graph=create_graph,
             retain_graph=create_graph or retain_graph,
             materialize_grads=True,

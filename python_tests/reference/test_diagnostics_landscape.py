@@ -101,8 +101,8 @@ def test_a_filter_without_gradient_is_no_nan():
 
 
 def landscape():
-    model = Quadratic(torch.eye(2))
-    return diagnostics.loss_landscape(model, model, SAMPLES, points=3, normalize=None)
+    losses = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    return diagnostics.LossLandscape(torch.linspace(-2.0, 2.0, 4), torch.linspace(-1.0, 1.0, 3), losses)
 
 
 @pytest.mark.parametrize("kind", ["contour", "surface"])
@@ -115,7 +115,8 @@ def test_plot_writes_a_file_or_draws_into_axes(kind, tmp_path):
     axes = figure.Figure().add_subplot(projection="3d" if kind == "surface" else None)
     assert drawn.plot(axes, kind=kind) is axes
     # x runs along the first dimension of the losses.
-    assert axes.get_xlim() == pytest.approx((-1.0, 1.0), abs=0.1)
+    assert axes.get_xlim() == pytest.approx((-2.0, 2.0), abs=0.3)
+    assert axes.get_ylim() == pytest.approx((-1.0, 1.0), abs=0.3)
     assert len(axes.collections) >= 1
 
 
@@ -202,12 +203,31 @@ class _Once(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0]
 
 
-def test_what_is_differentiable_once_is_named():
-    model = nn.Linear(3, 1)
-    before = oracles.snapshot(model)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        diagnostics.top_hessian_eigenvalue(model, lambda x: _Once.apply(model(x))[:, 0], torch.randn(4, 3))
-    oracles.assert_unchanged(before[:4] + before[4:], oracles.snapshot(model)[:4] + before[4:])
+def attention(x):
+    return nn.functional.scaled_dot_product_attention(x[:, None, None], x[:, None, None], x[:, None, None]).sum(
+        (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("function", [lambda x: _Once.apply(x)[:, 0], attention], ids=["once", "attention"])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_what_is_differentiable_once_is_named_and_not_left_out(function, micro_batch):
+    model, inputs = nn.Linear(3, 8), torch.randn(4, 3)
+
+    def call():
+        diagnostics.top_hessian_eigenvalue(model, lambda x: function(model(x)), inputs, micro_batch=micro_batch)
+
+    oracles.assert_refused(call, RuntimeError, "cannot be differentiated twice", model)
+
+
+def test_attention_that_is_not_fused_has_a_hessian():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = nn.Linear(3, 8)
+    with sdpa_kernel(SDPBackend.MATH):
+        got = diagnostics.top_hessian_eigenvalue(model, lambda x: attention(model(x)), torch.randn(4, 3))
+    # One key: the weights are 1, and the output is the value, which is linear.
+    assert got.eigenvalue == pytest.approx(0.0, abs=1e-6)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
