@@ -200,7 +200,7 @@ class Probe:
         """
         if not value.requires_grad:
             raise ValueError("the closure's losses depend on no parameter that trains (is it run under no_grad?)")
-        # Functions that are differentiable once leave a mark in the graph only where what they are given needs a gradient.
+        # A function that is differentiable once leaves its mark in the graph only if this needs a gradient too.
         seed = torch.ones_like(value, requires_grad=create_graph)
         return torch.autograd.grad(
             value,
