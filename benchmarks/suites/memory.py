@@ -7,6 +7,7 @@ peak.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,10 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import TINY, Sizes, sizes_of
+from benchmarks.cases import TINY, Sizes, numel, resnet50, sizes_of
 from benchmarks.rows import ROOT, Row, of_samples
 from benchmarks.suites import Case, Context
 from benchmarks.suites.step import batch, training_step
+from examples.models import build_model
 
 STEPS = 3
 # (the row's implementation, the step's name, the method)
@@ -44,9 +46,18 @@ IMAGENET = ("resnet50", 224, 1000)
 
 
 def cases(context: Context) -> Iterator[Case]:
-    if context.device.type == "cuda" and context.sizes is not TINY:
+    if context.device.type == "cuda" and context.sizes is not TINY and has_imagenet_network():
         yield _case(dataclasses.replace(context, sizes=imagenet_sizes(context.sizes)))
     yield _case(context)
+
+
+def has_imagenet_network() -> bool:
+    """Whether examples.models can build it: a network with ResNet-50's number of weights comes out."""
+    name, image, classes = IMAGENET
+    with contextlib.suppress(KeyError, ValueError), torch.device("meta"):
+        params = build_model(name, 3, image, classes).parameters()
+        return sum(param.numel() for param in params) == numel(resnet50())
+    return False
 
 
 def imagenet_sizes(sizes: Sizes) -> Sizes:
