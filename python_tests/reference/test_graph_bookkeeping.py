@@ -1,7 +1,7 @@
-"""What ``make_graphed_step`` does on the host, with a stand-in for CUDA graphs that replays by running the step again.
+"""What ``make_graphed_step`` does on the host: a stand-in for CUDA graphs replays by running the step again.
 
-When it captures, what it keeps apart, and what it brings up to date before a replay. What a graph itself does is for the
-GPU tier.
+When it captures, what it keeps apart, and what it brings up to date before a replay. What a graph itself does is left to
+the GPU tier.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Recorded:
         assert tuple(perturbation.drawn()) == self.draw
         count = perturbation.step
         perturbation.lr_tensors = self.lr_tensors
-        self.loss.copy_(optimizer.step(self.step.closure, *self.step._inputs))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("esam_kernels.perturbation.is_capturing", lambda: True)  # nothing is uploaded in a replay
+            self.loss.copy_(optimizer.step(self.step.closure, *self.step._inputs))
         perturbation.lr_tensors = None
         perturbation.step = count  # a graph knows nothing of the host's counter
         self.step.replays.append(self.draw)
