@@ -1,7 +1,7 @@
 """What ``make_graphed_step`` does on the host: a stand-in for CUDA graphs replays by running the step again.
 
-When it captures, what it keeps apart, and what it brings up to date before a replay. What a graph itself does is left to
-the GPU tier.
+When it captures, what it keeps apart, and what it brings up to date before a replay.
+What a graph itself does is left to the GPU tier.
 """
 
 from __future__ import annotations
