@@ -1,10 +1,11 @@
-"""The README's numbers come from the rows.
+"""The numbers of the README and of docs/performance.md come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study.
-``--check`` changes nothing, and fails where the README differs.
+The blocks of docs/performance.md are those of :mod:`benchmarks.performance`. ``--check`` changes nothing, and fails
+where a page differs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import performance, tables
 from benchmarks import rows as results
-from benchmarks import tables
 
 README = results.ROOT / "README.md"
+PAGES = (README, results.ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+) -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
@@ -55,7 +57,7 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
     def study(match: re.Match[str]) -> str:
         return f"{match[1]}{_study_table(folder / (match['source'] + '.json'))}\n{match[4]}"
 
-    return MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text)))
+    return performance.rendered(MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text))), folder)
 
 
 def _study_table(path: Path) -> str:
@@ -111,22 +113,28 @@ def differences(old: str, new: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--readme", type=Path, help="one page, in place of the README and docs/performance.md")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     arguments = parser.parse_args()
-    old = arguments.readme.read_text()
+    pages = PAGES if arguments.readme is None else (arguments.readme,)
+    return max(_page(page, arguments.results, arguments.check) for page in pages)
+
+
+def _page(page: Path, folder: Path, check: bool) -> int:
+    """Write one page anew, or only compare it. Returns 1 if it differs, or cannot be made."""
+    old = page.read_text()
     try:
-        new = rendered(old, arguments.results)
+        new = rendered(old, folder)
     except ValueError as error:
-        print(f"{arguments.readme}: {error}", file=sys.stderr)
+        print(f"{page}: {error}", file=sys.stderr)
         return 1
-    if not arguments.check:
-        arguments.readme.write_text(new)
+    if not check:
+        page.write_text(new)
         return 0
     for difference in differences(old, new):
         print(difference, file=sys.stderr)
     if old != new:
-        print(f"{arguments.readme} differs from the rows: python -m benchmarks.readme", file=sys.stderr)
+        print(f"{page} differs from the rows: python -m benchmarks.readme", file=sys.stderr)
     return 0 if old == new else 1
 
 

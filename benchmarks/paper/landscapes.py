@@ -33,7 +33,7 @@ def units(
     """A training for each optimizer and seed; ``kinds`` are arguments of loss_landscape by their names."""
     at_paper = settings.scale == "paper"
     network = model if at_paper else tables.STAND_IN
-    limit = settings.choose(smoke=192, small=None if data == "digits" else 2000, paper=None)
+    limit = settings.choose(smoke=192, small=None if data == "digits" else tables.SMALL_CIFAR, paper=None)
     found = []
     for seed in settings.seeds:
         for optimizer in OPTIMIZERS:

@@ -12,7 +12,7 @@ import torch
 from data import DataSet, load
 
 from benchmarks.paper import plotting
-from benchmarks.paper.curves import SMALL_RECIPES
+from benchmarks.paper.curves import SMALL_CIFAR, SMALL_RECIPES
 from benchmarks.paper.experiment import Claim, Settings, Unit
 from benchmarks.paper.final import of, plus_minus, train_to_the_end, values
 from benchmarks.paper.speed import side_by_side
@@ -150,7 +150,7 @@ def accuracy_unit(settings: Settings, block: Block, name: str, optimizer: str, s
     on_gpu = settings.device.type == "cuda"
     words = recipe(block, optimizer) if at_paper else small_recipe(settings, name, optimizer)
     words = settings.with_epochs([*words, *(WAYS[TRAINED_WAY] if on_gpu else [])])
-    limit = settings.choose(smoke=192, small=None if name == "digits" else 2000, paper=None)
+    limit = settings.choose(smoke=192, small=None if name == "digits" else SMALL_CIFAR, paper=None)
     network = block.model if at_paper else STAND_IN
     key = f"{name}/{network}/{optimizer}/seed {seed}"
 

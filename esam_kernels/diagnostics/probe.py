@@ -33,8 +33,7 @@ class Probe:
     from before.
 
     Args:
-        model: any module whose parameters are dense and not sharded. In DistributedDataParallel, each rank measures for
-            itself.
+        model: any module whose parameters are dense and not sharded.
         closure: ``closure(*batch)`` returns one loss per sample, shape (b,), or a tuple that begins with them.
         batch: tensors or pytrees of tensors with the samples in front.
         micro_batch: at most so many samples at a time; None: all at once.
@@ -70,7 +69,6 @@ class Probe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(distributed.Parallelism(self._model).without_synchronization())
             self._remember()
             self._outside = stack.pop_all()
         return self

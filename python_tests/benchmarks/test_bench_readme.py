@@ -41,10 +41,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_readme_agrees_with_the_rows():
-    if not readme.README.exists():
-        pytest.skip("there is no README.md yet")
-    text = readme.README.read_text()
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_pages_agree_with_the_rows(page):
+    text = page.read_text()
     assert readme.differences(text, readme.rendered(text)) == []
 
 

@@ -104,7 +104,7 @@ def test_growth_is_claimed_only_where_every_step_grows():
 
 # -- figures 5 to 7 ----------------------------------------------------------------------------------------------------
 
-CURVE = {"data": "digits", "seed": 0}
+CURVE = {"data": "digits", "seed": 0, "test_accuracy": 90.0}
 
 
 def test_figure_5_holds_only_where_every_epoch_does():
@@ -112,8 +112,8 @@ def test_figure_5_holds_only_where_every_epoch_does():
     rows = [{**CURVE, "epoch": epoch, **losses} for epoch in (1, 2)]
     found = figure5.claims(rows)
     assert [claim.measured for claim in found] == [
-        "in 2 of 2 epochs; 2 against 1 on average",
-        "in 2 of 2 epochs; 4 against 1 on average",
+        "in 2 of 2 epochs; 2 against 1 on average; test accuracy 90.0 % at the end",
+        "in 2 of 2 epochs; 4 against 1 on average; test accuracy 90.0 % at the end",
     ]
     assert [claim.holds for claim in found] == [True, True]
     rows[1]["rest_perturbed"] = 5.0
@@ -122,11 +122,12 @@ def test_figure_5_holds_only_where_every_epoch_does():
 
 def test_figure_5_compares_means_over_the_seeds_of_each_data_set():
     both = [("digits", 0, 1.0, 2.0), ("digits", 1, 4.0, 2.0), ("cifar10", 0, 1.0, 2.0)]
-    losses = {"selected_perturbed": 1.0, "rest_perturbed": 1.0, "epoch": 1}
+    losses = {"selected_perturbed": 1.0, "rest_perturbed": 1.0, "epoch": 1, "test_accuracy": 90.0}
     rows = [{"data": d, "seed": s, "selected": a, "rest": b, **losses} for d, s, a, b in both]
     digits, cifar = (claim for claim in figure5.claims(rows) if "at w," in claim.text)
-    assert (digits.measured, digits.holds, len(digits.rows)) == ("in 1 of 1 epochs; 2.5 against 2 on average", True, 2)
-    assert (cifar.measured, cifar.holds, len(cifar.rows)) == ("in 0 of 1 epochs; 1 against 2 on average", False, 1)
+    assert digits.measured.startswith("in 1 of 1 epochs; 2.5 against 2 on average")
+    assert cifar.measured.startswith("in 0 of 1 epochs; 1 against 2 on average")
+    assert [(claim.holds, len(claim.rows)) for claim in (digits, cifar)] == [(True, 2), (False, 1)]
 
 
 def test_figure_6_orders_the_three_cosines():

@@ -143,6 +143,31 @@ def test_training_goes_on_with_the_same_bits(function):
     assert oracles.same_bits(train(True), train(False))
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_function
+def test_a_distributed_model_trains_on_afterwards(function, process_group):
+    model, batch = oracles.noisy_mlp(), oracles.batch(16)
+    expected = function(model, oracles.losses_of(model), *batch)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    before = everything(model)
+    assert repr(function(wrapped, oracles.losses_of(wrapped), *batch)) == repr(expected)
+    assert_no_trace(before, everything(model))
+    model.zero_grad()
+    noise = torch.get_rng_state()
+    oracles.losses_of(wrapped)(*batch).mean().backward()
+    grads = [param.grad for param in model.parameters()]
+    model.zero_grad()
+    torch.set_rng_state(noise)
+    oracles.losses_of(model)(*batch).mean().backward()
+    assert oracles.same_bits(grads, [param.grad for param in model.parameters()])
+
+
 @every_function
 def test_autocast_sees_the_moved_weights(function):
     """Whether autocast, and its cache of weights, begins inside the closure or around the call."""

@@ -104,7 +104,7 @@ def speed_unit(settings: Settings, model: str, data: str) -> Unit:
 
 def training(settings: Settings, model: str, data: str, name: str, case: dict[str, Any], seed: int) -> Unit:
     options = settings.with_epochs(words(settings, data, model, **case))
-    limit = settings.choose(smoke=192, small=None if data == "digits" else 2000, paper=None)
+    limit = settings.choose(smoke=192, small=None if data == "digits" else tables.SMALL_CIFAR, paper=None)
     network = model if settings.scale == "paper" else tables.STAND_IN
     key = f"{data}/{network}/{name}/seed {seed}"
     common = {"part": "accuracy", "set": data, "network": network, "optimizer": name, **case}
