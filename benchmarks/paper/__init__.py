@@ -24,8 +24,9 @@ with an ``EXPERIMENT``::
 
 ``Settings`` has ``scale``, ``choose(smoke=, small=, paper=)``, ``seeds``, ``device``, ``data`` (``data_sets.Data``:
 which data sets are there, and reading them), ``scratch`` (a folder for checkpoints within a unit) and ``check_time()``,
-which leaves the unit when ``--minutes`` are over: to be called where a checkpoint was just saved. ``training.py``
-trains with such checkpoints.
+which leaves the unit when ``--minutes`` are over: to be called where a checkpoint was just saved;
+``with_epochs(options)`` adds the --epochs that the user gave to options of train.py. ``training.py`` trains with such
+checkpoints; ``final.py`` gives a row for a whole training, ``speed.py`` images/s of several side by side.
 
 Rows lie in ``benchmarks/results/paper/<device>/NAME.json``, figures beside; ``python -m benchmarks.paper report``
 writes docs/reproduction.md from them. The programs of ``examples/`` are used, by their own flat names.

@@ -27,7 +27,7 @@ def train_to_the_end(
     Lists with a number for each epoch are kept beside them: the test accuracies, and what ``measure(trainer)`` gives.
     An epoch's images/s are those of the training alone, evaluation not counted; the median is taken over the epochs.
     """
-    torch.backends.cudnn.deterministic = "--cudnn-benchmark" not in arguments  # resuming with the same bits needs it
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # resuming with the same bits
 
     def of_epoch(trainer: Trainer) -> list[Row]:
         return [

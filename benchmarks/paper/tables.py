@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from data import DataSet, load
+from train import WORKERS
 
 from benchmarks.paper import plotting
 from benchmarks.paper.curves import SMALL_CIFAR, SMALL_RECIPES
@@ -39,8 +40,6 @@ TRAINED_WAY = "bf16"
 STAND_IN = "cnn"
 # ESAM >= SAM - 0.1 > SGD + 0.5, in points: the order of Table 1.
 LESS_THAN_SAM, MORE_THAN_SGD = 0.1, 0.5
-# Processes that decode ImageNet.
-WORKERS = 16
 
 
 @dataclass(frozen=True)
