@@ -23,8 +23,9 @@ from esam_kernels.diagnostics import loss_landscape
 OPTIMIZERS = {"sgd": "SGD", "sam": "SAM", "esam": "ESAM"}
 # Training images over which the loss is the mean, and how many of them go through the network at a time.
 IMAGES, AT_A_TIME = 512, 128
-# Rings around w by which the rise of the loss is drawn.
+# Rings around w by which the rise of the loss is drawn, and the least loss on a logarithmic scale.
 RINGS = 12
+LEAST_DRAWN = 1e-6
 
 
 def units(
@@ -73,8 +74,9 @@ def run_unit(
         rows = []
         for name, kind in kinds.items():
             losses = mean_landscape(settings, scratch / name, trainer, kind, groups, points)
-            rounded = [[float(f"{loss:.4g}") for loss in line] for line in losses.tolist()]
-            rows.append({**common, "kind": name, "extent": kind["extent"], "groups": groups, "losses": rounded})
+            rises = [[float(f"{rise:.5g}") for rise in line] for line in (losses - middle(losses)).tolist()]
+            landscape = {"extent": kind["extent"], "groups": groups, "loss": middle(losses), "rises": rises}
+            rows.append({**common, "kind": name, **landscape})
         return rows
 
     return train_and_measure(settings, scratch, data, words, seed, measure)
@@ -113,32 +115,31 @@ def first_batches(trainer: Trainer) -> list[tuple[Tensor, Tensor]]:
 # -- what is read off a landscape --------------------------------------------------------------------------------------
 
 
-def grid(row: Row) -> tuple[Tensor, Tensor]:
-    """The positions along an axis, (points,), and the losses, (points, points)."""
-    losses = torch.tensor(row["losses"], dtype=torch.float64)
-    return torch.linspace(-row["extent"], row["extent"], len(losses), dtype=torch.float64), losses
-
-
 def middle(losses: Tensor) -> float:
     """The loss at w, or, where the number of points is even, the mean of the four around it."""
     n = len(losses)
     return losses[(n - 1) // 2 : n // 2 + 1, (n - 1) // 2 : n // 2 + 1].mean().item()
 
 
+def grid(row: Row) -> tuple[Tensor, Tensor]:
+    """The positions along an axis, (points,), and how far the loss lies above that at w, (points, points)."""
+    rises = torch.tensor(row["rises"], dtype=torch.float64)
+    return torch.linspace(-row["extent"], row["extent"], len(rises), dtype=torch.float64), rises
+
+
 def mean_rise(row: Row) -> float:
     """How far the loss lies above that at w, as a mean over the plane."""
-    losses = grid(row)[1]
-    return losses.mean().item() - middle(losses)
+    return grid(row)[1].mean().item()
 
 
 def rise_by_distance(row: Row) -> tuple[list[float], list[float]]:
     """Distances from w, and the mean rise of the loss there, over all directions in the plane."""
-    axis, losses = grid(row)
+    axis, rises = grid(row)
     distance = (axis[:, None].square() + axis[None, :].square()).sqrt()
     ring = (distance / row["extent"] * RINGS).round()
     inside = [number for number in range(RINGS + 1) if (ring == number).any()]
-    rises = [losses[ring == number].mean().item() - middle(losses) for number in inside]
-    return [number * row["extent"] / RINGS for number in inside], rises
+    means = [rises[ring == number].mean().item() for number in inside]
+    return [number * row["extent"] / RINGS for number in inside], means
 
 
 def flatter(rows: Sequence[Row], text: str, paper: str) -> Claim:
@@ -168,28 +169,34 @@ def claims(rows: Sequence[Row], kinds: Mapping[str, str], paper: str) -> list[Cl
 # -- figure ------------------------------------------------------------------------------------------------------------
 
 
-def figure(rows: Sequence[Row], path: Path, title: str, axis_label: str) -> None:
-    """Contours of the first seed of each optimizer, in the same colours, and the rise over the distance, all seeds."""
-    kind = rows[0]["kind"]
-    own = of(rows, kind=kind)
-    shown = {name: of(own, optimizer=name)[0] for name in OPTIMIZERS if of(own, optimizer=name)}
-    losses = torch.cat([grid(row)[1].flatten() for row in shown.values()]).clamp(min=1e-6)
-    levels = torch.logspace(*(bound.log10().item() for bound in (losses.min(), losses.max() * 1.0001)), 25).tolist()
-    with plotting.figure(path, title, rows, panels=len(shown) + 1) as axes:
-        from matplotlib.colors import LogNorm
+def figure(rows: Sequence[Row], path: Path, title: str, axis_labels: Mapping[str, str]) -> None:
+    """Contours of the first kind, for each optimizer's first seed, and the rise over the distance, for every kind.
 
-        for panel, (name, row) in zip(axes, shown.items()):
-            axis, values = grid(row)
-            at = axis.tolist()
-            norm = LogNorm(levels[0], levels[-1])
-            drawn = panel.contourf(at, at, values.clamp(min=1e-6).T.tolist(), levels=levels, norm=norm)
-            panel.set(title=f"{OPTIMIZERS[name]}, seed {row['seed']}", xlabel=axis_label, aspect="equal")
-        axes[0].figure.colorbar(
-            drawn, ax=axes[: len(shown)], label="loss", shrink=0.8, ticks=levels[::6], format="%.2g"
-        )
-        for color, name in zip(plotting.COLORS, shown):
-            curves = [rise_by_distance(row) for row in of(own, optimizer=name)]
-            rises = list(zip(*(rise for _, rise in curves)))
-            plotting.band(axes[-1], curves[0][0], rises, color=color, label=OPTIMIZERS[name])
-        axes[-1].set(xlabel="distance from w in the plane", ylabel="mean rise of the loss", ylim=(0, None))
-        axes[-1].legend(frameon=False, fontsize=8)
+    ``axis_labels`` say what the axes of each kind are measured in.
+    """
+    first = of(rows, kind=next(iter(axis_labels)))
+    shown = {name: of(first, optimizer=name)[0] for name in OPTIMIZERS if of(first, optimizer=name)}
+    with plotting.figure(path, title, rows, panels=len(shown) + len(axis_labels)) as axes:
+        draw_contours(axes[: len(shown)], shown, next(iter(axis_labels.values())))
+        for axis, (kind, label) in zip(axes[len(shown) :], axis_labels.items()):
+            for color, name in zip(plotting.COLORS, shown):
+                curves = [rise_by_distance(row) for row in of(rows, kind=kind, optimizer=name)]
+                rises = list(zip(*(rise for _, rise in curves)))
+                plotting.band(axis, curves[0][0], rises, color=color, label=OPTIMIZERS[name])
+            axis.set(xlabel=f"distance from w ({label})", ylabel="mean rise of the loss")
+            axis.legend(frameon=False, fontsize=8)
+
+
+def draw_contours(axes: Sequence[Any], shown: Mapping[str, Row], axis_label: str) -> None:
+    """The losses, on one logarithmic scale of colours."""
+    from matplotlib.colors import LogNorm
+
+    losses = {name: (row["loss"] + grid(row)[1]).clamp(min=LEAST_DRAWN) for name, row in shown.items()}
+    bounds = torch.stack(list(losses.values())).aminmax()
+    levels = torch.logspace(bounds.min.log10().item(), (1.0001 * bounds.max).log10().item(), 25).tolist()
+    for panel, (name, row) in zip(axes, shown.items()):
+        at = grid(row)[0].tolist()
+        drawn = panel.contourf(at, at, losses[name].T.tolist(), levels=levels, norm=LogNorm(levels[0], levels[-1]))
+        panel.set(title=f"{OPTIMIZERS[name]}, seed {row['seed']}", xlabel=axis_label, aspect="equal")
+    bar = {"label": "loss", "shrink": 0.8, "ticks": levels[::6], "format": "%.2g"}
+    axes[0].figure.colorbar(drawn, ax=list(axes), **bar)

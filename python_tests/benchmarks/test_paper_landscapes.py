@@ -26,10 +26,10 @@ def settings_for(folder, deadline: float = float("inf")) -> Settings:
 
 
 def bowl(optimizer: str, steepness: float, points: int = 9, extent: float = 2.0, kind: str = "random") -> dict:
-    """The row of a loss 0.5 + steepness (x^2 + y^2)."""
+    """The row of a loss 0.001 + steepness (x^2 + y^2)."""
     axis = torch.linspace(-extent, extent, points, dtype=torch.float64)
-    losses = 0.5 + steepness * (axis[:, None].square() + axis.square())
-    return {"optimizer": optimizer, "kind": kind, "extent": extent, "losses": losses.tolist(), "seed": 0}
+    rises = steepness * (axis[:, None].square() + axis.square())
+    return {"optimizer": optimizer, "kind": kind, "extent": extent, "loss": 0.001, "rises": rises.tolist(), "seed": 0}
 
 
 @pytest.mark.parametrize("points", [9, 101])
@@ -59,6 +59,16 @@ def test_flatter_means_both_sam_and_esam(sam, esam, holds):
     assert (found.holds, len(found.rows)) == (holds, 4)
     first, second = figure8.claims([{**row, "kind": "filter"} for row in rows])
     assert (first.measured, second.holds) == (None, holds)
+
+
+def test_rises_far_smaller_than_the_loss_are_kept(tmp_path, monkeypatch):
+    """Around a minimum they are: along the gradients of the small scale of Figure 8, a thousandth of the loss."""
+    losses = 1.0 + 1e-7 * torch.tensor([[1.0, 2.0, 1.0], [2.0, 0.0, 2.0], [1.0, 2.0, 1.0]], dtype=torch.float64)
+    monkeypatch.setattr(landscapes, "mean_landscape", lambda *arguments: losses)
+    units = landscapes.units(settings_for(tmp_path), "digits", "resnet18", {"a": {"extent": 1.0}}, 1, 3)
+    (row,) = units[0].run()
+    assert landscapes.mean_rise(row) == pytest.approx(12e-7 / 9, rel=1e-4)
+    assert row["loss"] == 1.0
 
 
 def test_landscapes_are_means_over_their_directions_and_go_on_where_they_were_stopped(tmp_path):

@@ -11,6 +11,7 @@ from benchmarks.rows import Row
 
 KINDS = {"random": {"directions": "random", "normalize": "filter", "extent": 1.0}}
 WORDS = {"random": "random directions, filter-normalised, as long as the weights"}
+AXES = {"random": "filter norms of w"}
 PAPER = '"both SAM and ESAM improve the sharpness significantly in comparison to SGD" (section 3.2, Figure 4)'
 
 
@@ -27,7 +28,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    landscapes.figure(rows, path, "The training loss over a plane of random directions", "filter norms of w")
+    landscapes.figure(rows, path, "The training loss over a plane of random directions", AXES)
 
 
 EXPERIMENT = Experiment(

@@ -19,6 +19,8 @@ WORDS = {
     "gradient": "gradients of two halves of the batch, times the learning rate",
     "filter": "gradients of two halves, filter-normalised, up to a quarter of the weights",
 }
+# The plane that is drawn, and the other: along unscaled gradients a small network's loss hardly moves.
+AXES = {"filter": "filter norms of w", "gradient": "gradients of a half"}
 PAPER = '"both SAM and ESAM improve the sharpness significantly in comparison to SGD" (appendix A.5, Figure 8)'
 
 
@@ -37,7 +39,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    landscapes.figure(rows, path, "The training loss over a plane of adversarial directions", "gradients of a half")
+    landscapes.figure(rows, path, "The training loss over a plane of adversarial directions", AXES)
 
 
 EXPERIMENT = Experiment(
