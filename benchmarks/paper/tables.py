@@ -279,4 +279,4 @@ def figure(rows: Sequence[Row], path: Path, title: str) -> None:
             axis.set_xticks(range(len(names)), [OPTIMIZERS[name] for name in names])
             axis.set(ylabel=label, xlim=(-0.6, len(names) - 0.4))
             if axis.has_data():
-                axis.legend(frameon=False, fontsize=7)
+                axis.legend(frameon=False, fontsize=7, markerscale=0.4)

@@ -193,9 +193,11 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 points = time_and_accuracy(own, line)
                 if points:
                     axis.plot(*zip(*points.values()), "o-", color=color, label=line, markersize=5)
-                for name, point in points.items():
-                    share = name.split()[-1] if line in LINES else ""
-                    axis.annotate(share, point, fontsize=7, color=color, xytext=(3, 3), textcoords="offset points")
+                for name in [*points][:: max(len(points) - 1, 1)] if line in LINES else ():  # the two ends
+                    text = f"{LINES[line][0]} {name.split()[-1]}"
+                    axis.annotate(
+                        text, points[name], fontsize=7, color=color, xytext=(4, 4), textcoords="offset points"
+                    )
             axis.set_title(f"{tables.MODELS.get(network, 'small CNN')} on {tables.DATA[data]}", fontsize=9)
             axis.set(xlabel="time per image (SAM: 1)", ylabel="best test accuracy (%)")
             axis.legend(frameon=False, fontsize=8)
@@ -215,10 +217,10 @@ def draw_map(axis: Any, rows: Sequence[Row]) -> None:
     shares = [*COARSE, 1.0]
     means = [[values(rows, "best_accuracy", beta=beta, gamma=gamma) for gamma in shares] for beta in shares]
     shown = [[statistics.mean(found) if found else float("nan") for found in line] for line in means]
-    drawn = axis.imshow(shown, origin="lower", cmap="viridis")
+    drawn = axis.imshow(shown, origin="lower", cmap="Blues", alpha=0.6)
     for i, line in enumerate(shown):
         for j, value in enumerate(line):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white")
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8)
     ticks = range(len(shares))
     axis.set_xticks(ticks, shares)
     axis.set_yticks(ticks, shares)
@@ -232,7 +234,8 @@ EXPERIMENT = Experiment(
     paper=(
         "SWP alone with beta, and SDS alone with gamma, from 0.3 to 0.9 in steps of 0.1, beside SGD, SAM and ESAM: "
         "accuracy against the time of an epoch. Here: the same; time is that of the whole loop, side by side with "
-        "SAM's. At the small scale also ESAM with both beta and gamma varied."
+        "SAM's. At the small scale also ESAM with both beta and gamma varied; on the digits, one test "
+        "image is 0.22 points."
     ),
     units=units,
     claims=claims,

@@ -70,7 +70,8 @@ EXPERIMENT = Experiment(
         "Here: the same, from scratch with clean labels and gamma constant. Images/s are those of the whole loop, on "
         "synthetic images of the same shape: in fp32; on a GPU also in bf16 with channels last, and with the step as "
         "one CUDA graph besides. Trainings on a GPU use bf16. Below the paper's scale, a small CNN on one data set "
-        "stands in for the accuracies, and the speeds are those of the paper's networks at batches of four."
+        "stands in for the accuracies, and the speeds are those of the paper's networks at batches of four. On "
+        "the digits, one test image is 0.22 points."
     ),
     units=units,
     claims=claims,

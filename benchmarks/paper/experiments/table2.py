@@ -46,7 +46,8 @@ EXPERIMENT = Experiment(
         "SGD, SAM and ESAM with the hyperparameters of Table 8, beta = 0.6, gamma = 0.7 and m-sharpness with m = 128. "
         "Accuracies with * are those of Chen et al. (2021), to whose SGD and SAM the paper refers. Here: images/s of "
         "the whole loop on synthetic images; accuracies where there is ImageNet. Below the paper's scale, a small CNN "
-        "on other images stands in for the accuracies."
+        "on other images stands in for the accuracies. On "
+        "the digits, one test image is 0.22 points."
     ),
     units=units,
     claims=claims,

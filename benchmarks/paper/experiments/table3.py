@@ -103,7 +103,8 @@ EXPERIMENT = Experiment(
     paper=(
         "SGD, SAM, SWP alone (gamma = 1), SDS alone (beta = 1) and ESAM, trained as for Table 1. Here: the same. "
         "Below the paper's scale, a small CNN on one data set stands in for the accuracies, and the speeds are those "
-        "of the paper's networks at batches of four."
+        "of the paper's networks at batches of four. On "
+        "the digits, one test image is 0.22 points."
     ),
     units=units,
     claims=claims,

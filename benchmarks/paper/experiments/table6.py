@@ -40,7 +40,8 @@ EXPERIMENT = Experiment(
     paper=(
         "SGD, SAM, ESAM, SWP alone and SDS alone with beta = 0.5 and gamma = 0.7, other hyperparameters as for "
         "ResNet-50. Here: images/s of the whole loop on synthetic images; accuracies where there is ImageNet. Below "
-        "the paper's scale, a small CNN on other images stands in for the accuracies."
+        "the paper's scale, a small CNN on other images stands in for the accuracies. On "
+        "the digits, one test image is 0.22 points."
     ),
     units=units,
     claims=claims,
