@@ -193,11 +193,11 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 points = time_and_accuracy(own, line)
                 if points:
                     axis.plot(*zip(*points.values()), "o-", color=color, label=line, markersize=5)
-                for name in [*points][:: max(len(points) - 1, 1)] if line in LINES else ():  # the two ends
-                    text = f"{LINES[line][0]} {name.split()[-1]}"
-                    axis.annotate(
-                        text, points[name], fontsize=7, color=color, xytext=(4, 4), textcoords="offset points"
-                    )
+                for name, side in zip([*points][:: max(len(points) - 1, 1)], ("right", "left")):
+                    text = f"{LINES[line][0]} {name.split()[-1]}" if line in LINES else ""
+                    at = {"textcoords": "offset points", "xytext": (-6 if side == "right" else 6, -10), "ha": side}
+                    axis.annotate(text, points[name], fontsize=7, color=color, **at)
+            axis.margins(x=0.15)
             axis.set_title(f"{tables.MODELS.get(network, 'small CNN')} on {tables.DATA[data]}", fontsize=9)
             axis.set(xlabel="time per image (SAM: 1)", ylabel="best test accuracy (%)")
             axis.legend(frameon=False, fontsize=8)
