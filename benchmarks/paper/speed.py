@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -29,16 +30,22 @@ def side_by_side(
     """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
     on_gpu = settings.device.type == "cuda"
-    found: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[float]] = {}
     for group in [[name] for name in cases] if on_gpu else [list(cases)]:
-        loops = {name: Loop(settings, data, cases[name], seed) for name in group}
-        for _ in range(rounds):
-            for name, loop in loops.items():
-                found[name].append(loop.batch_size * steps / loop.seconds(steps))
-        del loops
+        found |= in_turn({name: Loop(settings, data, cases[name], seed) for name in group}, rounds, steps)
+        gc.collect()  # a model and its optimizer refer to one another
         if on_gpu:
             torch.cuda.empty_cache()
     return [summary(name, speeds, found.get("sam")) for name, speeds in found.items()]
+
+
+def in_turn(loops: Mapping[str, Loop], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Images/s of each loop in each round."""
+    found: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            found[name].append(loop.batch_size * steps / loop.seconds(steps))
+    return found
 
 
 def summary(name: str, speeds: Sequence[float], sam: Sequence[float] | None) -> Row:
