@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import product
 
 import pytest
@@ -254,3 +255,28 @@ def test_batches_larger_than_the_data_are_refused(tmp_path):
     settings = Settings("smoke", (0,), CPU, program.Data("digits", "smoke", CPU), tmp_path)
     with pytest.raises(program.UserError, match="batches of 64 cannot be drawn from 32 images"):
         speed.side_by_side(settings, settings.data.load("digits", 32), {"sgd": ["--optimizer", "sgd"]}, 1, 1, 0)
+
+
+@pytest.mark.parametrize(("device", "at_once"), [("cuda", 1), ("cpu", 3)])
+def test_a_gpu_holds_one_model_at_a_time(tmp_path, monkeypatch, device, at_once):
+    """A model and its optimizer refer to one another, and go only when the garbage is collected."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = []
+
+    class Cyclic:
+        batch_size = 10
+
+        def __init__(self, *_):
+            self.itself = self
+            alive.add(self)
+
+        def seconds(self, steps):
+            most.append(len(alive))
+            return 1.0
+
+    monkeypatch.setattr(speed, "Loop", Cyclic)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    settings = Settings("smoke", (0,), torch.device(device), program.Data("digits", "smoke", CPU), tmp_path)
+    rows = speed.side_by_side(settings, None, dict.fromkeys(("sgd", "sam", "esam"), ()), rounds=2, steps=3, seed=0)
+    assert [row["images_per_second"] for row in rows] == [30.0] * 3
+    assert most == [at_once] * 6
