@@ -127,6 +127,9 @@ class Momentum(CurrentGradient):
         return [False] * len(directions)
 
 
+# The radius to begin with, for each ascent.
+DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 0.05}
+
 ASCENTS = {"current": CurrentGradient, "previous": PreviousGradient, "momentum": Momentum}
 
 

@@ -13,18 +13,26 @@ from models import build_model
 from torch import Tensor
 
 from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm
+from esam_kernels.ascent import DEFAULT_RHO as DEFAULT_RHOS
 from esam_kernels.schedules import LinearSchedule
 
-OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds")
+# ESAM with one pass a step, and its ascent.
+ONE_PASS = {"esam-previous": "previous", "esam-momentum": "momentum"}
+OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds", *ONE_PASS)
 # The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
-DEFAULT_RHO = 0.05
+DEFAULT_RHO = DEFAULT_RHOS["current"]
 DEFAULT_RHO_ASAM = 0.5
+DEFAULT_BETA, DEFAULT_GAMMA = 0.6, 0.5
 # Images in a batch of the evaluation: bounds its memory, and has no effect on the result.
 EVALUATION_BATCH = 1000
 
 
 def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD, or SGD within SAM or ESAM; ``esam-swp`` and ``esam-sds`` are ESAM with one of its two parts."""
+    """SGD, or SGD within SAM or ESAM.
+
+    ``esam-swp`` and ``esam-sds`` are ESAM with one of its two parts, ``esam-previous`` and ``esam-momentum`` ESAM with
+    one pass a step.
+    """
     sgd = {"lr": options.lr, "momentum": options.momentum, "weight_decay": options.weight_decay}
     params = model.parameters()
     if name == "sgd":
@@ -33,16 +41,33 @@ def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespa
         default = DEFAULT_RHO if name == "sam" else DEFAULT_RHO_ASAM
         rho = default if options.rho is None else options.rho
         return SAM(params, torch.optim.SGD, rho=rho, adaptive=name == "asam", model=model, **sgd)
+    ascent = ONE_PASS.get(name, "current")
     return ESAM(
         params,
         torch.optim.SGD,
-        rho=DEFAULT_RHO if options.rho is None else options.rho,
-        beta=1.0 if name == "esam-sds" else options.beta,
-        gamma=1.0 if name == "esam-swp" else options.gamma,
+        rho=DEFAULT_RHOS[ascent] if options.rho is None else options.rho,
+        beta=beta_of(name, options),
+        gamma=gamma_of(name, options),
         mask=options.mask,
+        ascent=ascent,
         model=model,
         **sgd,
     )
+
+
+def beta_of(name: str, options: argparse.Namespace) -> float:
+    """Without an option one pass perturbs all weights: it has no first backward pass that could be shortened."""
+    if name == "esam-sds":
+        return 1.0
+    default = 1.0 if name in ONE_PASS else DEFAULT_BETA
+    return default if options.beta is None else options.beta
+
+
+def gamma_of(name: str, options: argparse.Namespace) -> float:
+    """Selecting data takes two passes."""
+    if name in ("esam", "esam-sds"):
+        return DEFAULT_GAMMA if options.gamma is None else options.gamma
+    return 1.0
 
 
 class Trainer:
