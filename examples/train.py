@@ -57,6 +57,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what esam perturbs along, a row each: previous and momentum take one pass a step (default current)",
     )
     training.add_argument("--rho", type=radius, help=f"radius (default: {default_radii()})")
+    training.add_argument(
+        "--rho-warmup", type=share, default=0.0, help="share of the steps over which rho rises from 0 (default 0)"
+    )
     training.add_argument("--beta", type=float, help="ESAM: share of the weights perturbed (default 0.6; one pass: 1)")
     training.add_argument(
         "--gamma", type=float, help="ESAM: share of the batch in pass 2 (default 0.5; one pass: always 1)"

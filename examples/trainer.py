@@ -77,15 +77,19 @@ class Trainer:
         self.name, self.seed, self.data, self.options = name, seed, data, options
         self.device = data.train_images.device
         torch.manual_seed(seed)
-        channels, size = data.train_images.shape[1:3]
-        self.model = build_model(options.model, channels, size, data.classes).to(self.device)
+        self.model = self._network().to(self.device)
         try:
             self.optimizer = build_optimizer(name, self.model, options)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: {error}") from None
         self.gamma_schedule = self._gamma_schedule()
+        self.rho_schedule = self._rho_schedule()
         self.lr_schedule = self._lr_schedule()
         self.history: list[dict[str, float]] = []
+
+    def _network(self) -> torch.nn.Module:
+        channels, size = self.data.train_images.shape[1:3]
+        return build_model(self.options.model, channels, size, self.data.classes)
 
     def _gamma_schedule(self) -> LinearSchedule | None:
         """gamma from 1 down to its value over the share ``gamma_warmup`` of all steps."""
@@ -93,6 +97,13 @@ class Trainer:
         if not isinstance(self.optimizer, ESAM) or self.optimizer.gamma == 1.0 or steps == 0:
             return None
         return LinearSchedule(self.optimizer, "gamma", 1.0, self.optimizer.gamma, total_iters=steps)
+
+    def _rho_schedule(self) -> LinearSchedule | None:
+        """rho from 0 up to its value over the share ``rho_warmup`` of all steps."""
+        steps = round(self.options.rho_warmup * self.options.epochs * self.steps_per_epoch)
+        if not isinstance(self.optimizer, ESAM) or steps == 0:
+            return None
+        return LinearSchedule(self.optimizer, "rho", 0.0, self.optimizer.param_groups[0]["rho"], total_iters=steps)
 
     def _lr_schedule(self) -> torch.optim.lr_scheduler.LRScheduler | None:
         """The learning rate from its value to 0 along half a cosine, epoch by epoch; None leaves it constant."""
@@ -119,8 +130,9 @@ class Trainer:
             loss = self.losses(images, labels).mean()
             loss.backward()
             self.optimizer.step()
-        if self.gamma_schedule is not None:
-            self.gamma_schedule.step()
+        for schedule in (self.gamma_schedule, self.rho_schedule):
+            if schedule is not None:
+                schedule.step()
         return loss.detach()
 
     def train_epoch(self, on_step: Callable[[], Any] = lambda: None) -> None:
@@ -197,7 +209,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on; the random state follows from the seed and the epoch."""
         parts = {"model": self.model, "optimizer": self.optimizer}
-        schedules = {"gamma_schedule": self.gamma_schedule, "lr_schedule": self.lr_schedule}
+        schedules = {name: getattr(self, name) for name in ("gamma_schedule", "rho_schedule", "lr_schedule")}
         parts |= {name: schedule for name, schedule in schedules.items() if schedule is not None}
         return {"history": self.history, **{name: part.state_dict() for name, part in parts.items()}}
 

@@ -119,6 +119,17 @@ def test_gamma_falls_from_one_over_the_share_of_the_training():
     assert gammas == [1.0, 0.75, 0.5, 0.5]
 
 
+def test_rho_rises_from_zero_over_the_share_of_the_training():
+    arguments = ["--epochs", "4", "--limit", "128", "--rho", "0.2", "--rho-warmup", "0.5", "--ascent", "momentum"]
+    options = train.parse_options(arguments)
+    momentum = trainer.Trainer("esam-momentum", 0, train.load("digits", limit=128), options)
+    radii = []
+    while len(momentum.history) < 4:
+        radii.append(momentum.optimizer.param_groups[0]["rho"])
+        momentum.train_epoch()
+    assert radii == [0.0, 0.1, 0.2, 0.2]
+
+
 def test_optimizers_beside_each_other_do_not_disturb_one_another(tiny):
     alone = train.train(train.parse_options([*tiny, "--optimizer", "esam"]))
     beside = train.train(train.parse_options([*tiny, "--optimizer", "sam", "esam"]))
