@@ -17,6 +17,22 @@ from torch.optim import Optimizer
 from esam_kernels.tensor_lists import are_alike, are_unshared
 
 
+# The radius of each ascent where none is given: the paper's, and for the others what examples/ascent_study.py says.
+DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 0.5}
+
+
+class RhoOfAscent(float):
+    """What a signature holds for "none given": a number, that of "current", which stands for the ascent's own."""
+
+
+RHO_OF_ASCENT = RhoOfAscent(DEFAULT_RHO["current"])
+
+
+def rho_or_default(rho: float, ascent: str) -> float:
+    """``rho``, or the radius of ``ascent`` where none was given."""
+    return DEFAULT_RHO.get(ascent, rho) if isinstance(rho, RhoOfAscent) else rho
+
+
 class CurrentGradient:
     """g of this batch, from ``.grad`` (Algorithm 1)."""
 
@@ -126,9 +142,6 @@ class Momentum(CurrentGradient):
         """None: the base optimizer needs them."""
         return [False] * len(directions)
 
-
-# The radius to begin with, for each ascent.
-DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 0.05}
 
 ASCENTS = {"current": CurrentGradient, "previous": PreviousGradient, "momentum": Momentum}
 

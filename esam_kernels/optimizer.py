@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esam_kernels import distributed, ops
+from esam_kernels.ascent import RHO_OF_ASCENT, rho_or_default
 from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
@@ -35,7 +36,8 @@ class ESAM(WrappedOptimizer):
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
             by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0.
+        rho: radius of the perturbation, >= 0. Without one: 0.05, and 0.5 with ascent="momentum", whose direction asks for
+            more (:data:`esam_kernels.ascent.DEFAULT_RHO`).
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
@@ -78,7 +80,7 @@ class ESAM(WrappedOptimizer):
         params: Any,
         base_optimizer: type[Optimizer] | Optimizer,
         *,
-        rho: float = 0.05,
+        rho: float = RHO_OF_ASCENT,
         beta: float = 0.6,
         gamma: float = 0.5,
         adaptive: bool = False,
@@ -94,6 +96,7 @@ class ESAM(WrappedOptimizer):
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
+        rho = rho_or_default(rho, ascent)
         check_gamma(gamma, ascent)
         self._gamma = float(gamma)
         self.replay_noise = True
@@ -483,7 +486,7 @@ class SAM(ESAM):
     Args:
         params: parameters or parameter groups.
         base_optimizer: a torch optimizer class, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0.
+        rho: radius of the perturbation, >= 0; without one, as for ESAM.
         adaptive: T_w = \\|w\\| + eta instead of 1.
         kwargs: the other arguments of :class:`ESAM` (not beta, gamma, mask, radius), and the base optimizer's.
     """
@@ -492,7 +495,7 @@ class SAM(ESAM):
         self,
         params: Any,
         base_optimizer: type[Optimizer] | Optimizer,
-        rho: float = 0.05,
+        rho: float = RHO_OF_ASCENT,
         adaptive: bool = False,
         **kwargs: Any,
     ) -> None:

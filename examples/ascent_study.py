@@ -28,7 +28,7 @@ from esam_kernels.ascent import DEFAULT_RHO
 
 RADII = {
     "esam-previous": (0.0125, 0.025, 0.05, 0.1, 0.2),
-    "esam-momentum": (0.05, 0.1, 0.2, 0.5, 1.0),
+    "esam-momentum": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
 }
 # Share of the steps over which rho rises from 0.
 WARMUP = 0.25
@@ -148,9 +148,8 @@ def summarise(rows: list[Row]) -> list[Row]:
     """A row for each case, over its seeds, with the mean difference to SGD of the same seeds."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(value for value in (row["stage"], *identity(row)[:1], *identity(row)[3:])), []).append(
-            row
-        )
+        task, stage, _, *case = identity(row)
+        found.setdefault((stage, task, *case), []).append(row)
     sgd = {(r["stage"], r["task"], r["seed"]): r["test_accuracy"] for r in rows if r["optimizer"] == "sgd"}
     summary = []
     for (stage, task, optimizer, rho, warmup, beta), own in found.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from esam_kernels import ESAM, cross_entropy
+from esam_kernels import ESAM, SAM, cross_entropy
+from esam_kernels.ascent import DEFAULT_RHO
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.arange(24) % 5
@@ -216,6 +218,26 @@ def test_batch_norm_moves_once_a_step():
     model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).double()
     run(model, one_pass(model, "momentum", model=model), 3)
     assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("current", 0.05), ("previous", 0.05), ("momentum", 0.5)])
+def test_without_a_rho_each_ascent_takes_its_own(ascent, rho):
+    assert DEFAULT_RHO[ascent] == rho
+    model = build()
+    options = {"gamma": 1.0, "ascent": ascent, **SGD[1]}
+    first, second = (list(part.parameters()) for part in (model[0], model[2]))
+    for kind in (ESAM, SAM):
+        arguments = {name: value for name, value in options.items() if kind is ESAM or name != "gamma"}
+        optimizer = kind([{"params": first}, {"params": second, "rho": 0.2}], SGD[0], **arguments)
+        assert [group["rho"] for group in optimizer.param_groups] == [rho, 0.2]
+        assert optimizer.defaults["rho"] == rho
+    given = ESAM(build().parameters(), SGD[0], rho=0.05, **options)
+    assert given.param_groups[0]["rho"] == 0.05
+
+
+def test_the_signature_says_the_papers_rho():
+    for kind in (ESAM, SAM):
+        assert inspect.signature(kind).parameters["rho"].default == 0.05
 
 
 @pytest.mark.parametrize("ascent", ASCENTS)
