@@ -36,8 +36,8 @@ class ESAM(WrappedOptimizer):
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
             by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0. Without one: 0.05, and 0.5 with ascent="momentum", whose direction asks for
-            more (:data:`esam_kernels.ascent.DEFAULT_RHO`).
+        rho: radius of the perturbation, >= 0. Without one: that of the ascent, :data:`esam_kernels.ascent.DEFAULT_RHO`
+            (0.05, and 0.5 for "momentum").
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
