@@ -47,8 +47,8 @@ def test_report_trains_at_the_default_radii_with_and_without_mask(small):
         ("sam", None, 0.0, 1.0),
         *[
             (f"esam-{ascent}", ascent_study.DEFAULT_RHO[ascent], share, beta)
-            for ascent in ("previous", "momentum")
             for share, beta in ((0.0, 1.0), (ascent_study.WARMUP, 1.0), (0.0, 0.6))
+            for ascent in ("previous", "momentum")
         ],
     ]
 
