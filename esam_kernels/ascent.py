@@ -52,8 +52,11 @@ class CurrentGradient:
     def remember(self, params: Sequence[Tensor]) -> None:
         """Keep what the next step needs, after the update."""
 
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Make the state that a checkpoint is to be loaded into, after a step of nothing but zeros."""
+
     def state(self) -> dict[int, Tensor]:
-        """What a checkpoint has to hold of it."""
+        """What a checkpoint has to hold of it, by the number of the parameter."""
         return {}
 
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
@@ -102,6 +105,11 @@ class PreviousGradient(CurrentGradient):
                 self._history[i] = self._places[i].copy_(grads[j])
             else:
                 self._history[i] = torch.empty_like(params[i]).copy_(grads[j].detach())
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """A history of zeros, which perturbs nothing, where there is none."""
+        if not self._history:
+            self.remember(params)
 
     def state(self) -> dict[int, Tensor]:
         """The last gradient of each parameter."""

@@ -306,7 +306,9 @@ class ESAM(WrappedOptimizer):
             return self._finish_step(closure)
         # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
         if closure is None and all(group.get("lr") == 0.0 for group in self.param_groups):
-            return self.base_optimizer.step()
+            self.base_optimizer.step()
+            self._perturbation.ascent.prepare(self._perturbation.params)
+            return None
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         self._require(perturbed=False, call="step")

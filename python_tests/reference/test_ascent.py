@@ -171,6 +171,30 @@ def test_resume_gives_the_same_bits(ascent, mask, base, tmp_path):
     assert torch.equal(weights(model), weights(undisturbed))
 
 
+@pytest.mark.parametrize("base", [SGD, ADAMW, (torch.optim.SGD, {"lr": 0.05})], ids=["sgd", "adamw", "no momentum"])
+def test_the_state_holds_the_last_gradient_and_loads_into_the_plain_optimizer(base):
+    model = build()
+    optimizer = one_pass(model, "previous", base)
+    run(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    history = optimizer._perturbation.ascent._history
+    assert all(saved["state"][i]["previous_gradient"] is last for i, last in history.items())
+    assert not any("previous_gradient" in state for state in optimizer.base_optimizer.state_dict()["state"].values())
+    loaded = one_pass(build(), "previous", base)
+    loaded.load_state_dict(saved)
+    assert all(map(torch.equal, loaded._perturbation.ascent._history.values(), history.values()))
+    assert loaded.base_optimizer.state_dict()["state"].keys() == optimizer.base_optimizer.state_dict()["state"].keys()
+    plain_model = build()
+    plain_model.load_state_dict(model.state_dict())
+    plain = base[0](plain_model.parameters(), **base[1])
+    plain.load_state_dict(copy.deepcopy(saved))
+    for weight, other in zip(plain_model.parameters(), model.parameters()):
+        weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
+    plain.step()
+    optimizer.base_optimizer.step()
+    assert torch.equal(weights(plain_model), weights(model))
+
+
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_a_copy_goes_on_by_itself(ascent):
     model = build()
