@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from esam_kernels.tensor_lists import are_alike, are_unshared
 
 # The radius of each ascent where none is given: the paper's, and for the others what examples/ascent_study.py says.
-DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 0.5}
+DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 1.0}
 
 
 class RhoOfAscent(float):

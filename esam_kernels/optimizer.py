@@ -37,7 +37,7 @@ class ESAM(WrappedOptimizer):
             by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
         rho: radius of the perturbation, >= 0. Without one: that of the ascent, :data:`esam_kernels.ascent.DEFAULT_RHO`
-            (0.05, and 0.5 for "momentum").
+            (0.05, and 1.0 for "momentum").
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).

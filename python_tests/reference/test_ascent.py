@@ -244,7 +244,7 @@ def test_batch_norm_moves_once_a_step():
     assert model[1].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize(("ascent", "rho"), [("current", 0.05), ("previous", 0.05), ("momentum", 0.5)])
+@pytest.mark.parametrize(("ascent", "rho"), [("current", 0.05), ("previous", 0.05), ("momentum", 1.0)])
 def test_without_a_rho_each_ascent_takes_its_own(ascent, rho):
     assert DEFAULT_RHO[ascent] == rho
     model = build()
