@@ -180,6 +180,8 @@ def plot(path: Path, summary: list[Row]) -> None:
         axis.axvline(DEFAULT_RHO[ONE_PASS[name]], color="0.7", zorder=0)
         axis.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
         axis.set(xscale="log", xlabel="rho", title=name)
+        axis.set_xticks(RADII[name], [f"{rho:g}" for rho in RADII[name]])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy over SGD's (points)")
     axes[0].legend(frameon=False)
@@ -204,8 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
         for task in [] if options.summarise else options.task or TASKS:
             if options.cifar or TASKS[task].data != "cifar10":
                 train_missing(lines, task, options.stage, options.cifar)
-        summary = summarise(read_rows(lines))
-        (out / "ascent_study.json").write_text(json.dumps({"rows": summary}, indent=1) + "\n")
+        rows = read_rows(lines)
+        summary = summarise(rows)
+        versions = {name: sorted({row[name] for row in rows}) for name in ("device", "python", "torch", "commit")}
+        (out / "ascent_study.json").write_text(json.dumps({"environment": versions, "rows": summary}, indent=1) + "\n")
         plot(out / "ascent_study.png", summary)
     except (UserError, OSError) as error:
         parser.exit(2, f"ascent_study.py: error: {error}\n")
