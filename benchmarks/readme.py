@@ -83,7 +83,7 @@ def _study_table(path: Path) -> str:
 
 
 def _radii_table(path: Path, optimizer: str) -> str:
-    """Points of test accuracy over SGD of the same seeds, for each task and radius of the tuning seeds, beside SAM's."""
+    """Points of test accuracy over SGD of the same seeds, by task and radius, on the tuning seeds, beside SAM's."""
     study = _load_study(path)
     rows = [row for row in study["rows"] if row["stage"] == "tune"]
     own = [row for row in rows if row["optimizer"] == optimizer]
