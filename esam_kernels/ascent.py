@@ -93,9 +93,9 @@ class PreviousGradient(CurrentGradient):
 
     def remember(self, params: Sequence[Tensor]) -> None:
         """Take the gradients out of ``.grad``; copy those that somebody else holds."""
-        given = [(i, grad) for i, param in enumerate(params) if (grad := param.grad) is not None and param.numel()]
-        indices, grads = [i for i, _ in given], [grad for _, grad in given]
-        del given
+        # No name here may hold a gradient beside the list, or it would count as somebody else's.
+        indices = [i for i, param in enumerate(params) if param.grad is not None and param.numel()]
+        grads = [grad for grad in (params[i].grad for i in indices) if grad is not None]
         free = [False] * len(grads) if self.in_place else are_unshared(grads)
         for j, i in enumerate(indices):
             if free[j] and are_alike([grads[j]], [params[i]]):

@@ -228,6 +228,19 @@ def test_a_gradient_that_the_user_keeps_is_not_written_over():
     assert all(map(torch.equal, kept, values))
 
 
+def test_the_last_gradient_is_kept_where_autograd_put_it():
+    model = build()
+    optimizer = one_pass(model, "previous")
+    run(model, optimizer, 1)
+    addresses = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: addresses.append(param.grad.data_ptr()))
+    run(model, optimizer, 1)
+    kept = [last.data_ptr() for last in optimizer._perturbation.ascent._history.values()]
+    assert sorted(kept) == sorted(addresses)
+    assert all(param.grad is None for param in model.parameters())
+
+
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_micro_batches_share_one_perturbation(ascent):
     whole, parts = build(), build()
