@@ -12,6 +12,12 @@ const at::Tensor* tensor_at(const py::list& list, Py_ssize_t i) {
   return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
+const at::Tensor& expect_tensor(const py::list& list, Py_ssize_t i) {
+  const at::Tensor* const tensor = tensor_at(list, i);
+  if (tensor == nullptr) throw py::type_error("expected a torch.Tensor");
+  return *tensor;
+}
+
 // Whether tensors[i] lies in memory as params[i] does: same device, layout, dtype, shape and strides, for every i.
 bool are_alike(const py::list& tensors, const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
@@ -27,9 +33,8 @@ bool are_alike(const py::list& tensors, const py::list& params) {
 
 // How many hold tensors[i] in Python, and how many its memory; the list is one of the former.
 py::tuple holders(const py::list& tensors, Py_ssize_t i) {
-  const at::Tensor* const tensor = tensor_at(tensors, i);
-  if (tensor == nullptr) throw py::type_error("expected a torch.Tensor");
-  return py::make_tuple(Py_REFCNT(PyList_GET_ITEM(tensors.ptr(), i)), tensor->storage().use_count());
+  const at::Tensor& tensor = expect_tensor(tensors, i);
+  return py::make_tuple(Py_REFCNT(PyList_GET_ITEM(tensors.ptr(), i)), tensor.storage().use_count());
 }
 
 // For each tensor, whether it is held as often as `expected` (from holders), needs no gradient, and fills its storage.
@@ -46,10 +51,43 @@ py::list are_held_alone(const py::list& tensors, Py_ssize_t expected_objects, si
   return result;
 }
 
+// The .grad of each.
+py::list gradients(const py::list& params) {
+  const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  py::list result(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* const grad = THPVariable_Wrap(expect_tensor(params, i).grad());
+    if (grad == nullptr) throw py::error_already_set();
+    result[i] = py::reinterpret_steal<py::object>(grad);
+  }
+  return result;
+}
+
+// Sets the .grad of each to None.
+void drop_gradients(const py::list& params) {
+  const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const at::Tensor& param = expect_tensor(params, i);
+    if (param.grad().defined()) param.mutable_grad().reset();
+  }
+}
+
+// Tells autograd that each was written to, as torch.autograd.graph.increment_version does.
+void increment_version(const py::list& tensors) {
+  const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const at::Tensor& tensor = expect_tensor(tensors, i);
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
 }  // namespace
 
 void register_host(py::module_& module) {
   module.def("are_alike", &are_alike);
+  module.def("drop_gradients", &drop_gradients);
+  module.def("gradients", &gradients);
+  module.def("increment_version", &increment_version);
   module.def("holders", &holders);
   module.def("are_held_alone", &are_held_alone);
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esam_kernels.tensor_lists import are_alike, are_unshared
+from esam_kernels.tensor_lists import are_alike, are_unshared, gradients
 
 # The radius of each ascent where none is given: the paper's, and for the others what examples/ascent_study.py says.
 DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 1.0}
@@ -41,9 +41,10 @@ class CurrentGradient:
     def check(self, base: Optimizer) -> None:
         """Refuse a base optimizer that has not what this needs."""
 
-    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+    def directions(self, params: list[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
         """The vector g of Eq. 4 for the parameters ``drawn``, by their number. Some may have none."""
-        return {i: grad for i in drawn if (grad := params[i].grad) is not None}
+        grads = gradients(params)
+        return {i: grad for i in drawn if (grad := grads[i]) is not None}
 
     def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:
         """For each direction, whether the old weights may be written over it."""
@@ -74,7 +75,7 @@ class PreviousGradient(CurrentGradient):
         self.in_place = False
         self._places: dict[int, Tensor] = {}
 
-    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+    def directions(self, params: list[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
         """The last gradients of the parameters ``drawn``, which are used up by this. In the first step there are none.
 
         What the step does not renew is gone, since the old weights are written over it.
@@ -139,7 +140,7 @@ class Momentum(CurrentGradient):
                     f"group {number} (SGD and RMSprop do with momentum > 0, and Adam and its kin do)"
                 )
 
-    def directions(self, params: Sequence[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
+    def directions(self, params: list[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
         """The momentum of the parameters ``drawn``. In the first step there is none."""
         names = {id(param): _momentum_name(group) for group in base.param_groups for param in group["params"]}
         found = {i: base.state.get(params[i], {}).get(names[id(params[i])]) for i in drawn}

@@ -108,6 +108,11 @@ class Parallelism:
             yield
 
     @property
+    def is_spread(self) -> bool:
+        """Whether the model is wrapped in DistributedDataParallel, or sharded."""
+        return bool(self._data_parallel or self._fully_sharded)
+
+    @property
     def synchronizes(self) -> bool:
         """Whether DistributedDataParallel would reduce the gradients of a backward now."""
         return any(ddp.require_backward_grad_sync for ddp in self._data_parallel)

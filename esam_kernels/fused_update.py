@@ -6,6 +6,7 @@ The state is kept where torch's optimizers keep it, under the same names, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +16,32 @@ from torch.optim import optimizer as torch_optimizer
 
 from esam_kernels import ops
 from esam_kernels.backends import resolve
-from esam_kernels.tensor_lists import are_alike
+from esam_kernels.tensor_lists import are_alike, gradients
 
 
-def can_fuse(base: Optimizer, backend: str, params: Sequence[Tensor]) -> bool:
-    """Whether :func:`restore_and_step` does exactly what ``restore`` and ``base.step()`` would do.
+@dataclass
+class _Group:
+    """The parameters of a group that have a gradient, with what the update reads and writes."""
 
-    Not where the backend has no fused update, where the optimizer is a subclass or has hooks of the user's, or where a
-    gradient or a state does not lie in memory as its parameter does.
+    options: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+
+
+Plan = list[_Group]
+
+
+def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor]) -> Plan | None:
+    """What :func:`restore_and_step` has to do; None where it would not be what ``restore`` and ``base.step()`` do.
+
+    That is where the backend has no fused update, where the optimizer is a subclass or has hooks of the user's, or
+    where a gradient or a state does not lie in memory as its parameter does.
     """
     if type(base) not in _STEPS or not all(
         getattr(resolve(backend, device), "FUSES_UPDATES", False) for device in {param.device for param in params}
     ):
-        return False
+        return None
     hooks = (
         base._optimizer_step_pre_hooks,
         base._optimizer_step_post_hooks,
@@ -35,24 +49,33 @@ def can_fuse(base: Optimizer, backend: str, params: Sequence[Tensor]) -> bool:
         torch_optimizer._global_optimizer_post_hooks,
     )
     if any(hooks) or getattr(base, "found_inf", None) is not None:
-        return False
-    return all(_group_fits(base, group) for group in base.param_groups)
+        return None
+    plan = []
+    for options in base.param_groups:
+        group = _plan_group(base, options)
+        if group is None:
+            return None
+        plan.append(group)
+    return plan
 
 
-def _group_fits(base: Optimizer, group: dict[str, Any]) -> bool:
-    if group["differentiable"] or any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
-        return False
-    params = [param for param in group["params"] if param.grad is not None]
-    if not are_alike([param.grad for param in params], params):
-        return False
-    states = [base.state.get(param, {}) for param in params]
+def _plan_group(base: Optimizer, options: dict[str, Any]) -> _Group | None:
+    if options["differentiable"] or any(isinstance(beta, Tensor) for beta in options.get("betas", ())):
+        return None
+    given = zip(options["params"], gradients(options["params"]))
+    pairs = [(param, grad) for param, grad in given if grad is not None and param.numel()]
+    params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
+    if not are_alike(grads, params):
+        return None
+    # SGD without momentum keeps none.
+    states = [base.state[param] for param in params] if options.get("momentum", 1.0) != 0.0 else []
     for name in _LIKE_PARAMETER.intersection(set().union(*states)):
         held = [state.get(name) for state in states]
         if not are_alike(held, params) and not all(
             tensor is None or are_alike([tensor], [param]) for tensor, param in zip(held, params)
         ):
-            return False
-    return True
+            return None
+    return _Group(options, params, grads, states)
 
 
 _LIKE_PARAMETER = frozenset(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
@@ -60,6 +83,7 @@ _LIKE_PARAMETER = frozenset(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_ex
 
 def restore_and_step(
     base: Optimizer,
+    plan: Plan,
     backups: dict[int, Tensor],
     perturbed: Sequence[Tensor],
     backend: str,
@@ -69,95 +93,92 @@ def restore_and_step(
 
     ``lr_tensors`` hold the learning rates of the groups, in place of their ``lr``.
     """
-    without = [param for param in perturbed if param.grad is None]
+    updated = {id(param) for group in plan for param in group.params}
+    without = [param for param in perturbed if id(param) not in updated]
     with torch.no_grad():
         if without:
             ops.restore_(without, [backups[id(param)] for param in without], backend=backend)
-        for number, group in enumerate(base.param_groups):
-            params = [param for param in group["params"] if param.grad is not None and param.numel()]
-            if params:
-                saved = [backups.get(id(param), param) for param in params]
-                lr = group["lr"] if lr_tensors is None else lr_tensors[number]
-                _STEPS[type(base)](base, {**group, "lr": lr}, params, saved, backend)
+        for number, group in enumerate(plan):
+            if group.params:
+                saved = [backups.get(id(param), param) for param in group.params]
+                lr = group.options["lr"] if lr_tensors is None else lr_tensors[number]
+                _STEPS[type(base)](group, lr, saved, backend)
     # What torch's LR schedulers look at to warn about a missing optimizer.step().
     base._opt_called = True  # type: ignore[attr-defined]
 
 
-def _learning_rate(group: dict[str, Any]) -> tuple[float, Tensor | None]:
-    lr = group["lr"]
+def _number_and_tensor(lr: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
 
 
-def _sgd_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:
-    lr, lr_tensor = _learning_rate(group)
-    momentum = group["momentum"]
+def _sgd_step(group: _Group, lr: float | Tensor, saved: list[Tensor], backend: str) -> None:
+    options = group.options
 
-    def update(params: list[Tensor], saved: list[Tensor], buffers: list[Tensor], first: bool) -> None:
+    def update(
+        params: list[Tensor], saved: list[Tensor], grads: list[Tensor], buffers: list[Tensor], first: bool
+    ) -> None:
         ops.restore_sgd_(
             params,
             saved,
-            [param.grad for param in params],
+            grads,
             buffers,
             first,
-            lr,
-            lr_tensor,
-            momentum,
-            group["dampening"],
-            group["weight_decay"],
-            group["nesterov"],
-            group["maximize"],
+            *_number_and_tensor(lr),
+            options["momentum"],
+            options["dampening"],
+            options["weight_decay"],
+            options["nesterov"],
+            options["maximize"],
             backend=backend,
         )
 
-    if momentum == 0:
-        update(params, saved, [], first=False)
+    if options["momentum"] == 0:
+        update(group.params, saved, group.grads, [], first=False)
         return
-    states = [base.state[param] for param in params]
-    fresh = [state.get("momentum_buffer") is None for state in states]
-    for state, param in zip(states, params):
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.empty_like(param)
-    buffers = [state["momentum_buffer"] for state in states]
+    fresh = [state.get("momentum_buffer") is None for state in group.states]
+    if any(fresh):
+        for state, param, is_fresh in zip(group.states, group.params, fresh):
+            if is_fresh:
+                state["momentum_buffer"] = torch.empty_like(param)
+    buffers = [state["momentum_buffer"] for state in group.states]
     if all(fresh) or not any(fresh):
-        update(params, saved, buffers, first=fresh[0])
+        update(group.params, saved, group.grads, buffers, fresh[0])
         return
     for first in (True, False):
-        chosen = [i for i, is_fresh in enumerate(fresh) if is_fresh is first]
-        update([params[i] for i in chosen], [saved[i] for i in chosen], [buffers[i] for i in chosen], first)
+        lists = (group.params, saved, group.grads, buffers)
+        w, backups, grads, velocities = ([t for t, f in zip(tensors, fresh) if f is first] for tensors in lists)
+        update(w, backups, grads, velocities, first)
 
 
-def _adam_step(base: Optimizer, group: dict[str, Any], params: list[Tensor], saved: list[Tensor], backend: str) -> None:
-    lr, lr_tensor = _learning_rate(group)
-    amsgrad = group["amsgrad"]
-    for param in params:
-        state = base.state[param]
+def _adam_step(group: _Group, lr: float | Tensor, saved: list[Tensor], backend: str) -> None:
+    options, states = group.options, group.states
+    amsgrad = options["amsgrad"]
+    for param, state in zip(group.params, states):
         if not state:
-            on_device = group["capturable"] or group["fused"]
+            on_device = options["capturable"] or options["fused"]
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]:
                 state[name] = torch.zeros_like(param)
-    states = [base.state[param] for param in params]
     ops.restore_adam_(
-        params,
+        group.params,
         saved,
-        [param.grad for param in params],
+        group.grads,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
         [state["step"] for state in states],
-        lr,
-        lr_tensor,
-        *group["betas"],
-        group["eps"],
-        group["weight_decay"],
+        *_number_and_tensor(lr),
+        *options["betas"],
+        options["eps"],
+        options["weight_decay"],
         amsgrad,
-        group["maximize"],
-        group["decoupled_weight_decay"],
+        options["maximize"],
+        options["decoupled_weight_decay"],
         backend=backend,
     )
 
 
-_STEPS: dict[type[Optimizer], Callable[[Any, dict[str, Any], list[Tensor], list[Tensor], str], None]] = {
+_STEPS: dict[type[Optimizer], Callable[[_Group, float | Tensor, list[Tensor], str], None]] = {
     SGD: _sgd_step,
     Adam: _adam_step,
     AdamW: _adam_step,

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from esam_kernels.ascent import PreviousGradient
 from esam_kernels.device_numbers import DeviceNumbers
-from esam_kernels.fused_update import can_fuse
+from esam_kernels.fused_update import plan_update
 from esam_kernels.optimizer import ESAM
 from esam_kernels.selection import batch_size, num_selected
 
@@ -34,9 +34,11 @@ DRAW_POOL = 8
 def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batch: Any) -> Callable[..., Any]:
     """``optimizer.step`` as one CUDA graph a replay.
 
-    The first steps run eagerly, then one is captured. A batch of another shape than ``sample_batch`` (a last one) runs
-    eagerly. The weights are, bit for bit, those of the eager steps with the same draws. With mask="tensor" the draws
-    repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps.
+    The first steps run eagerly, and so does the first one of every new draw, gamma or other setting that a graph holds
+    fast: what it launches is loaded there. The next such step is captured, and from then on replayed. A batch of
+    another shape than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager
+    steps with the same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing
+    between steps.
 
     Args:
         optimizer: over CUDA parameters. Elsewhere the step runs eagerly, and one log line says so.
@@ -50,7 +52,8 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
 
     Raises:
         TypeError: not an ESAM or SAM, or a closure that cannot be called.
-        ValueError: a base optimizer whose update cannot be captured, or an empty batch.
+        ValueError: a base optimizer whose update cannot be captured, a model that is spread over ranks, or an empty
+            batch.
     """
     if not isinstance(optimizer, ESAM):
         raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
@@ -94,6 +97,8 @@ class _GraphedStep(_EagerStep):
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._steps_until_capture = WARMUP_STEPS
+        # Draws and settings that have run eagerly: what a capture launches has to be loaded before it.
+        self._seen: set[tuple[Any, ...]] = set()
         self._noise = _CapturedNoise(self._device)
         self._lrs = [DeviceNumbers(torch.float64) for _ in optimizer.param_groups]
         optimizer._perturbation.draw_pool = DRAW_POOL
@@ -104,11 +109,12 @@ class _GraphedStep(_EagerStep):
         batch = self._batch(arguments)
         if _layout(batch) != self._layout:
             return self.optimizer.step(self.closure, *batch)
-        if self._steps_until_capture > 0:
+        key = self._key()
+        if self._steps_until_capture > 0 or not self._seen.issuperset(key):
             self._steps_until_capture -= 1
+            self._seen.update(key)
             return self._eagerly_on_side_stream(batch)
         self._upload(batch)
-        key = self._key()
         if key not in self._graphs:
             self._graphs[key] = self._capture()
         graph, loss = self._graphs[key]
@@ -119,8 +125,8 @@ class _GraphedStep(_EagerStep):
         self.optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss.clone()
 
-    def _key(self) -> tuple[Any, ...]:
-        """What is fixed in a graph."""
+    def _key(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What is fixed in a graph: the draw, and all else."""
         optimizer, perturbation = self.optimizer, self.optimizer._perturbation
         draw = tuple(perturbation.drawn())
         k = num_selected(optimizer.gamma, batch_size(self._inputs))
@@ -130,7 +136,8 @@ class _GraphedStep(_EagerStep):
             (group["adaptive"], group["rho"] > 0.0, *(group.get(name) for name in _FIXED))
             for group in optimizer.param_groups
         )
-        return draw, k, masked, beta, fixed, optimizer.replay_noise
+        trained = tuple(perturbation.trained())
+        return ("draw", *draw), (k, masked, beta, trained, fixed, optimizer.replay_noise)
 
     def _eagerly_on_side_stream(self, batch: tuple[Any, ...]) -> Any:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -145,8 +152,8 @@ class _GraphedStep(_EagerStep):
                 held.copy_(given, non_blocking=True)
         self.optimizer._perturbation.upload()
         for numbers, group in zip(self._lrs, self.optimizer.param_groups):
-            if not isinstance(group["lr"], Tensor):
-                numbers.set([group["lr"]], self._device)
+            if not _is_on_device(group["lr"]):
+                numbers.set([float(group["lr"])], self._device)
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         optimizer, perturbation = self.optimizer, self.optimizer._perturbation
@@ -155,7 +162,7 @@ class _GraphedStep(_EagerStep):
         self._noise.register(graph)
         optimizer._remember_noise = lambda: self._noise
         perturbation.lr_tensors = [
-            group["lr"] if isinstance(group["lr"], Tensor) else numbers.tensor.reshape(())
+            group["lr"] if _is_on_device(group["lr"]) else numbers.tensor.reshape(())
             for numbers, group in zip(self._lrs, optimizer.param_groups)
         ]
         try:
@@ -215,9 +222,17 @@ def _layout(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def _is_on_device(lr: Any) -> bool:
+    return isinstance(lr, Tensor) and lr.is_cuda
+
+
 def _check_capturable(optimizer: ESAM) -> None:
     base, perturbation = optimizer.base_optimizer, optimizer._perturbation
-    fused = can_fuse(base, perturbation.backend, perturbation.params)
+    if optimizer._parallelism.is_spread or optimizer.sync_perturbation:
+        raise ValueError(
+            "a model in DistributedDataParallel or fully_shard cannot be captured in a CUDA graph: call optimizer.step"
+        )
+    fused = plan_update(base, perturbation.backend, perturbation.params) is not None
     for group in optimizer.param_groups:
         on_device = group.get("capturable") or (isinstance(base, Adam) and group["fused"])
         if type(base) is SGD and fused:
@@ -229,7 +244,7 @@ def _check_capturable(optimizer: ESAM) -> None:
                 if "capturable" in group
                 else f"{type(base).__name__} cannot be captured in a CUDA graph with these settings"
             )
-        if not fused and not isinstance(group["lr"], Tensor):
+        if not fused and not _is_on_device(group["lr"]):
             raise ValueError(
                 f"the learning rate of {type(base).__name__} would be frozen in the graph: give lr as a tensor on the "
                 "device"

@@ -9,6 +9,7 @@ Lists of tensors are parallel: ``grads[i]`` belongs to ``params[i]``, has its dt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
-from esam_kernels.tensor_lists import are_alike
+from esam_kernels.tensor_lists import are_alike, increment_version
 
 __all__ = [
     "NUM_PARTIALS",
@@ -33,6 +34,8 @@ __all__ = [
     "restore_adam_",
     "restore_sgd_",
     "select",
+    "select_gather",
+    "select_rows",
 ]
 
 _library = torch.library.Library("esam_kernels", "DEF")
@@ -73,14 +76,29 @@ def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"esam_kernels::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.esam_kernels, name).default
-    return operator
+
+    @functools.wraps(implementation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The dispatcher takes about two microseconds for each tensor of a list.
+        return (implementation if _nobody_looks_on() and tuple not in map(type, args) else operator)(*args, **kwargs)
+
+    return call
+
+
+def _nobody_looks_on() -> bool:
+    """Whether an operator may be called without torch's dispatcher: nothing traces, differentiates or profiles it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-_increment_version = torch.autograd.graph.increment_version
 
 
 # -- Stochastic Weight Perturbation ------------------------------------------------------------------------------------
@@ -145,8 +163,8 @@ def _perturb(
         eps,
         random_state,
     )
-    _increment_version(params)
-    _increment_version(backups or grads)
+    increment_version(params)
+    increment_version(backups or grads)
 
 
 perturb_ = _register(
@@ -169,7 +187,7 @@ def _restore(params: list[Tensor], backups: list[Tensor], backend: str = "") -> 
     _check(len(params) > 0, lambda: "params is empty")
     _check_parallel("backups", backups, params)
     resolve(backend, params[0].device).restore_(params, backups)
-    _increment_version(params)
+    increment_version(params)
 
 
 restore_ = _register(
@@ -212,8 +230,8 @@ def _restore_sgd(
         nesterov,
         maximize,
     )
-    _increment_version(params)
-    _increment_version(momentum_buffers)
+    increment_version(params)
+    increment_version(momentum_buffers)
 
 
 restore_sgd_ = _register(
@@ -275,7 +293,7 @@ def _restore_adam(
         decoupled_weight_decay,
     )
     for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
-        _increment_version(tensors)
+        increment_version(tensors)
 
 
 restore_adam_ = _register(
@@ -449,4 +467,86 @@ def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> li
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return reference.gather(tensors, indices)
     rows: list[Tensor] = gather(tensors, indices, backend=backend)
+    return rows
+
+
+def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int) -> None:
+    """Losses (b,), or beside a target logits (b, C), of the weights before and after."""
+    for name, values in (("before", before), ("after", after)):
+        if target is not None and values.dim() == 2:
+            _check_cross_entropy(values, target)
+            continue
+        _check(
+            values.dim() == 1 and values.is_floating_point(),
+            lambda: (
+                f"{name} must hold one loss per sample, shape (b,), or with a target logits (b, classes), "
+                f"got {values.dtype} {tuple(values.shape)}"
+            ),
+        )
+    samples = before.shape[0]
+    _check(after.shape[0] == samples, lambda: f"before has {samples} samples, after has {after.shape[0]}")
+    _check(1 <= k <= samples, lambda: f"k must lie in [1, {samples}], got {k}")
+
+
+def _select_gather(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> tuple[Tensor, list[Tensor]]:
+    _check_looks(before, after, target, k)
+    for i, tensor in enumerate(tensors):
+        _check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    module = resolve(backend, after.device)
+    in_one_launch = getattr(module, "losses_select_gather", None)
+    if in_one_launch is not None:
+        _, _, indices, rows = in_one_launch(before, after, k, tensors, target, label_smoothing, ignore_index)
+        return indices, rows
+    losses = [
+        module.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0] if values.dim() == 2 else values
+        for values in (before, after)
+    ]
+    indices = module.select(*losses, k)
+    return indices, module.gather(tensors, indices)
+
+
+def _fake_select_gather(
+    before: Tensor, after: Tensor, tensors: list[Tensor], k: int, *_: Any, **__: Any
+) -> tuple[Tensor, list[Tensor]]:
+    indices = after.new_empty(k, dtype=torch.int64)
+    return indices, reference.gather(tensors, indices)
+
+
+select_gather = _register(
+    "select_gather(Tensor before, Tensor after, Tensor[] tensors, int k, Tensor? target=None, "
+    "float label_smoothing=0.0, int ignore_index=-100, *, str backend='') -> (Tensor, Tensor[])",
+    _select_gather,
+    _fake_select_gather,
+)
+"""What ``select`` returns for the losses ``before`` and ``after``, (b,), and the rows of ``tensors`` that it names.
+
+With ``target`` either may be logits (b, C) in place of losses. One launch where the backend has one (cuda).
+"""
+
+
+def select_rows(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> list[Tensor]:
+    """The rows that ``select_gather`` returns, differentiable with respect to the tensors."""
+    arguments = (k, target, label_smoothing, ignore_index)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        indices, _ = select_gather(before, after, [], *arguments, backend=backend)
+        return reference.gather(tensors, indices)
+    rows: list[Tensor] = select_gather(before, after, tensors, *arguments, backend=backend)[1]
     return rows

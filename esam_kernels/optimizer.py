@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esam_kernels import distributed, ops
+from esam_kernels import distributed
 from esam_kernels.ascent import RHO_OF_ASCENT, rho_or_default
 from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.selection import batch_size, check_losses, gather_on, num_selected, split
+from esam_kernels.selection import (
+    batch_size,
+    check_logits,
+    check_losses,
+    num_selected,
+    selected_from_logits_on,
+    selected_on,
+    split,
+)
 from esam_kernels.training_modes import frozen_batch_norm
 from esam_kernels.wrapper import WrappedOptimizer, check_gamma
 
@@ -222,9 +230,54 @@ class ESAM(WrappedOptimizer):
         k = num_selected(self.gamma, samples)
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
-        backend = self._perturbation.backend
-        indices = ops.select(loss_before.detach(), loss_after.detach(), k, backend=backend)
-        return gather_on(backend, indices, *tensors)
+        return selected_on(self._perturbation.backend, k, loss_before, loss_after, *tensors)
+
+    def select_from_logits(
+        self,
+        loss_before: Tensor,
+        logits_after: Tensor,
+        target: Tensor,
+        *tensors: Any,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> Any:
+        """:meth:`select` where the losses after are the :func:`esam_kernels.cross_entropy` of these logits.
+
+        With backend="cuda" the losses, the selection and the gathering are one launch.
+
+        Args:
+            loss_before: losses per sample at w, shape (b,).
+            logits_after: logits at w + e, in a layout that ``cross_entropy`` takes.
+            target: as ``cross_entropy`` takes it. It is not gathered: give it among ``tensors`` as well.
+            tensors: the batch, tensors or pytrees of tensors with the samples in front.
+            label_smoothing: as of ``loss_before``.
+            ignore_index: as of ``loss_before``.
+
+        Returns:
+            The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
+
+        Raises:
+            ValueError: losses that are not one number a sample, logits and target that do not fit, label_smoothing
+                outside [0, 1], or sizes that differ.
+            IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
+        """
+        samples = batch_size(tensors)
+        batch_size((logits_after, *tensors))
+        check_losses(loss_before, samples, "loss_before")
+        check_logits(logits_after, target, label_smoothing)
+        k = num_selected(self.gamma, samples)
+        if k == samples:
+            return tensors[0] if len(tensors) == 1 else tensors
+        return selected_from_logits_on(
+            self._perturbation.backend,
+            k,
+            loss_before,
+            logits_after,
+            target,
+            *tensors,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:

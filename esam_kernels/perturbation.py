@@ -17,9 +17,9 @@ from esam_kernels.ascent import ASCENTS
 from esam_kernels.backends import reference, resolve
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
-from esam_kernels.fused_update import can_fuse, restore_and_step
+from esam_kernels.fused_update import plan_update, restore_and_step
 from esam_kernels.selection import check_share
-from esam_kernels.tensor_lists import are_alike
+from esam_kernels.tensor_lists import are_alike, gradients
 
 MASKS = ("tensor", "element")
 RADII = ("paper", "released")
@@ -270,7 +270,7 @@ class StochasticWeightPerturbation:
         Raises:
             RuntimeError: with the parameter's number.
         """
-        grads = [param.grad for param in self.params]
+        grads = gradients(self.params)
         if are_alike(grads, self.params):  # the usual case: every parameter has a gradient like itself
             return
         for i, grad in enumerate(grads):
@@ -312,9 +312,10 @@ class StochasticWeightPerturbation:
     def restore_and_update(self, base: Optimizer) -> None:
         """Put the old weights back and let the base optimizer take its step, in one pass where that is possible."""
         fuses = bool(self._perturbed) and not (self._is_tied or self.is_sharded)
-        if fuses and can_fuse(base, self.backend, self.params):
+        plan = plan_update(base, self.backend, self.params) if fuses else None
+        if plan is not None:
             backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
-            restore_and_step(base, backups, self._perturbed, self.backend, self.lr_tensors)
+            restore_and_step(base, plan, backups, self._perturbed, self.backend, self.lr_tensors)
             self._finish()
         else:
             self.restore()

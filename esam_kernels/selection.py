@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -42,16 +43,8 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
 
     Differentiable with respect to ``logits``, twice.
     """
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if not logits.is_floating_point() or logits.dim() < 2:
-        raise ValueError(f"logits must be floating point (b, C, ...), got {logits.dtype} {tuple(logits.shape)}")
-    if target.requires_grad:
-        raise ValueError("target requires grad: only the logits are differentiated; detach the target")
-    dim = _class_dimension(logits, target)
+    dim = check_logits(logits, target, label_smoothing)
     classes, samples = logits.shape[dim], logits.shape[0]
-    if classes == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} have no classes")
     labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
         return ops.cross_entropy(logits, labels, label_smoothing, ignore_index)
@@ -63,6 +56,20 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
         return losses.mean(dim=1)
     counted = (labels != ignore_index).reshape(samples, -1).sum(dim=1)
     return losses.sum(dim=1) / counted.clamp(min=1)
+
+
+def check_logits(logits: Tensor, target: Tensor, label_smoothing: float) -> int:
+    """The dimension of the classes."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not logits.is_floating_point() or logits.dim() < 2:
+        raise ValueError(f"logits must be floating point (b, C, ...), got {logits.dtype} {tuple(logits.shape)}")
+    if target.requires_grad:
+        raise ValueError("target requires grad: only the logits are differentiated; detach the target")
+    dim = _class_dimension(logits, target)
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} have no classes")
+    return dim
 
 
 def _class_dimension(logits: Tensor, target: Tensor) -> int:
@@ -143,12 +150,43 @@ def gather(indices: Tensor, *tensors: Any) -> Any:
 def gather_on(backend: str, indices: Tensor, *tensors: Any) -> Any:
     """:func:`gather` on a backend of that name, "" for the default of the device."""
     batch_size(tensors)
+    return _with_rows(tensors, lambda given: ops.gather_rows(given, indices, backend))
+
+
+def _with_rows(tensors: tuple[Any, ...], rows_of: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+    """The pytrees with rows of their tensors in the tensors' places; a single one as it is, not in a tuple."""
     leaves, structure = pytree.tree_flatten(tensors)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for i, rows in zip(positions, ops.gather_rows([leaves[i] for i in positions], indices, backend)):
+    for i, rows in zip(positions, rows_of([leaves[i] for i in positions])):
         leaves[i] = rows
     gathered = pytree.tree_unflatten(leaves, structure)
     return gathered[0] if len(gathered) == 1 else gathered
+
+
+def selected_on(backend: str, k: int, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+    """B+ out of ``tensors``: :func:`select` and :func:`gather`, in one launch where the backend has one."""
+    before, after = loss_before.detach(), loss_after.detach()
+    return _with_rows(tensors, lambda given: ops.select_rows(before, after, given, k, backend=backend))
+
+
+def selected_from_logits_on(
+    backend: str,
+    k: int,
+    loss_before: Tensor,
+    logits_after: Tensor,
+    target: Tensor,
+    *tensors: Any,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Any:
+    """:func:`selected_on` where the losses after are the :func:`cross_entropy` of these logits."""
+    before, logits = loss_before.detach(), logits_after.detach()
+    if logits.dim() != 2:
+        after = cross_entropy(logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index)
+        return selected_on(backend, k, before, after, *tensors)
+    labels = target if target.is_floating_point() else target.to(torch.int64)
+    rest = (k, labels, label_smoothing, ignore_index, backend)
+    return _with_rows(tensors, lambda given: ops.select_rows(before, logits, given, *rest))
 
 
 def batch_size(batch: Any) -> int:

@@ -40,7 +40,23 @@ def _are_held_alone(tensors: list[Tensor], objects: int, storage: int) -> list[b
     ]
 
 
+def _gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """The ``.grad`` of each."""
+    return [param.grad for param in params]
+
+
+def _drop_gradients(params: list[Tensor]) -> None:
+    """Set the ``.grad`` of each to None."""
+    for param in params:
+        param.grad = None
+
+
 _in_cpp = native.extension
+gradients: Callable[[list[Tensor]], list[Tensor | None]] = _in_cpp.gradients if _in_cpp else _gradients
+drop_gradients: Callable[[list[Tensor]], None] = _in_cpp.drop_gradients if _in_cpp else _drop_gradients
+increment_version: Callable[[list[Tensor]], None] = (
+    _in_cpp.increment_version if _in_cpp else torch.autograd.graph.increment_version
+)
 are_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
 _count_holders: Callable[[list[Tensor], int], tuple[int, int]] = _in_cpp.holders if _in_cpp else _holders
 _compare_holders: Callable[[list[Tensor], int, int], list[bool]] = (

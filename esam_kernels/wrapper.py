@@ -14,6 +14,7 @@ from esam_kernels.base_optimizer import group_defaults
 from esam_kernels.distributed import Parallelism
 from esam_kernels.perturbation import StochasticWeightPerturbation
 from esam_kernels.selection import check_share
+from esam_kernels.tensor_lists import drop_gradients
 from esam_kernels.training_modes import RandomState
 
 # What state_dict() holds beside the base optimizer's own state.
@@ -98,8 +99,7 @@ class WrappedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
         if set_to_none:
-            for param in self._perturbation.params:
-                param.grad = None
+            drop_gradients(self._perturbation.params)
         else:
             super().zero_grad(set_to_none=False)
             self._remember_used_gradients()

@@ -268,7 +268,8 @@ void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after,
   float* const loss_after = const_cast<float*>(selection.loss_after);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = is_weighted(after) ? fused_kernel<T, true> : fused_kernel<T, false>;
+    const bool weighted = is_weighted(before) || is_weighted(after);
+    const auto kernel = weighted ? fused_kernel<T, true> : fused_kernel<T, false>;
     const int resident = tensors.size() <= kMaxGathered ? resident_blocks(kernel) : 0;
     if (resident == 0) {
       cross_entropy_forward(before, loss_before, nullptr, dtype, stream);
@@ -278,7 +279,7 @@ void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after,
       return;
     }
     const Fused fused{before, after, loss_before, loss_after, selection, gather_table(tensors, 0, selection.k)};
-    const int64_t rows = std::max(before.rows, after.rows), rows_together = rows_of_block(after);
+    const int64_t rows = std::max(before.rows, after.rows), rows_together = rows_of_block(after.rows > 0 ? after : before);
     const int64_t wanted = std::max((rows + rows_together - 1) / rows_together, fused.table.first_unit[tensors.size()]);
     const int64_t blocks = std::clamp<int64_t>(wanted, 1, resident);
     launch(kernel, blocks, /*cooperative=*/true, stream, fused);

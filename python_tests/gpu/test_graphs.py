@@ -13,8 +13,8 @@ from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
 masks = pytest.mark.parametrize("mask", ["tensor", "element"])
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW"])
 
-# Warm-up, every draw of the pool captured, and some replayed.
-STEPS = WARMUP_STEPS + DRAW_POOL + 4
+# Every draw of the pool eagerly, captured, and some replayed.
+STEPS = WARMUP_STEPS + 2 * DRAW_POOL + 4
 
 
 def graphed_and_eager(device, backend_name, *args, **esam):
@@ -41,7 +41,8 @@ def test_replays_are_eager_steps_bit_for_bit(backend_name, device, mask, base, a
 @bases
 def test_lr_rho_and_gamma_change_between_replays(backend_name, device, mask, base):
     step, graphed, eager = graphed_and_eager(device, backend_name, base, mask=mask)
-    for number, batch in enumerate(batches(device, STEPS)):
+    # Three values of gamma and the draws come together again after 3 * DRAW_POOL steps.
+    for number, batch in enumerate(batches(device, 6 * DRAW_POOL)):
         for training in (graphed, eager):
             set_lr(training.optimizer, 0.01 / (1 + number))
             for group in training.optimizer.param_groups:
@@ -62,7 +63,7 @@ def test_the_element_mask_is_fresh_in_every_replay(backend_name, device):
     ends = []
     for _ in range(2):
         with torch.no_grad():
-            for param, weights in zip(graphed.model.parameters(), saved):
+            for param, weights in zip(graphed.model.parameters(), saved, strict=True):
                 param.copy_(weights)
         for buffer in graphed.optimizer.state.values():
             buffer["momentum_buffer"].zero_()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensors import FLOATS
 
+from esam_kernels import ops
 from esam_kernels.backends import reference
 
 
@@ -94,3 +95,17 @@ def test_several_tensors_are_gathered_alike(kernels):
 def test_an_index_outside_the_batch_reads_nothing(kernels):
     (rows,) = kernels.gather([torch.ones(4, 3)], torch.tensor([1, 4, -1, 2**40]))
     assert rows.sum(1).tolist() == [3.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_losses_selection_and_rows_of_one_operator_are_the_references(kernels, label_smoothing):
+    """Logits whose losses lie far apart: rounding decides nothing."""
+    logits = torch.zeros(12, 5)
+    target = torch.arange(12) % 5
+    target[3] = -100
+    logits[torch.arange(12), target.clamp(min=0)] = torch.randperm(12) - 6.0
+    arguments = (torch.zeros(12), logits, [logits, target], 5, target, label_smoothing, -100)
+    found, rows = ops.select_gather(*arguments, backend="triton")
+    expected, expected_rows = ops.select_gather(*arguments, backend="reference")
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, rows, expected_rows))

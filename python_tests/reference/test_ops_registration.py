@@ -50,6 +50,8 @@ def samples():
         "cross_entropy_forward of probabilities": (logits.half(), logits.softmax(1), 0.1, -100),
         "cross_entropy_backward": (losses, logits, target, lse, 0.1, -100),
         "select": (losses, torch.rand(6), 3),
+        "select_gather": (losses, torch.rand(6), [logits, target], 3),
+        "select_gather of logits": (losses, logits, [logits, torch.randn(6, 3, 2, 2)], 3, target, 0.1, 2),
         "gather": ([logits, torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last)], torch.tensor([1, 4])),
     }
 
@@ -112,6 +114,11 @@ def test_restored_updates_are_those_of_torchs_optimizers():
         ("select", {2: 0}, "k must lie in"),
         ("select", {1: torch.rand(5)}, "loss_before has 6 samples, loss_after has 5"),
         ("select", {0: torch.rand(6, 1)}, "one loss per sample"),
+        ("select_gather", {3: 7}, r"k must lie in \[1, 6\], got 7"),
+        ("select_gather", {1: torch.rand(5)}, "before has 6 samples, after has 5"),
+        ("select_gather", {1: torch.rand(6, 5)}, r"after must hold one loss per sample"),
+        ("select_gather of logits", {4: torch.zeros(6, 2)}, "target must be int64"),
+        ("select_gather", {2: [torch.tensor(1.0)]}, r"tensors\[0\] has no batch dimension"),
         ("gather", {1: torch.tensor([1.0])}, "indices must be int64"),
         ("gather", {0: [torch.tensor(1.0)]}, r"tensors\[0\] has no batch dimension"),
     ],
@@ -121,7 +128,7 @@ def test_wrong_arguments_are_refused(name, change, message):
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(ValueError, match=message):
-        getattr(ops, name)(*arguments)
+        getattr(ops, name.split()[0])(*arguments)
 
 
 def test_a_backend_that_is_not_available_is_an_error_that_says_how_to_get_it(monkeypatch):

@@ -1,12 +1,15 @@
 """Contract point 7: B+, exactly k samples, in a defined order; and gather."""
 
 import math
+from typing import Any
 
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 
 from esam_kernels import ESAM, cross_entropy, gather, select
+from esam_kernels.backends import unavailable
 from esam_kernels.selection import num_selected
 
 NAN, INF = math.nan, math.inf
@@ -129,6 +132,77 @@ def test_select_of_the_optimizer_gathers_each_tensor():
     assert torch.equal(optimizer.select(before, after, inputs), inputs[[1, 3]])
     optimizer.gamma = 1.0
     assert optimizer.select(before, after, inputs) is inputs
+
+
+def optimizer_on(backend, gamma=0.5):
+    reason = unavailable(backend, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    return ESAM(oracles.mlp().parameters(), torch.optim.SGD, lr=0.1, gamma=gamma, backend=backend)
+
+
+# Layouts that cross_entropy takes: shapes of logits and of class indices.
+LOGITS = [((9, 5), (9,)), ((9, 5, 4), (9, 4)), ((9, 4, 5), (9, 4)), ((9, 5, 2, 3), (9, 2, 3))]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(("shape", "target_shape"), LOGITS)
+def test_selection_from_logits_is_that_from_their_losses(backend, label_smoothing, shape, target_shape):
+    """The losses before are chosen such that the rises are known, and small beside what the options change."""
+    optimizer = optimizer_on(backend)
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(5, target_shape, generator=generator, dtype=torch.int32)
+    target[[1, 4]] = 2
+    after = 3 * torch.randn(shape, generator=generator)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": 2}
+    exact = after.double().movedim(1 if shape[1] == 5 else -1, -1)
+    losses = F.cross_entropy(exact.reshape(-1, 5), target.long().flatten(), reduction="none", **options)
+    counted = (target.reshape(9, -1) != 2).sum(1).clamp(min=1)
+    rises = torch.randperm(9, generator=generator) / 100
+    before = (losses.reshape(9, -1).sum(1) / counted - rises).float()
+    expected = rises.topk(4).indices.sort().values
+    rows, chosen = optimizer.select_from_logits(before, after, target, {"x": after}, target, **options)
+    assert torch.equal(rows["x"], after[expected])
+    assert torch.equal(chosen, target[expected])
+    single = optimizer.select_from_logits(before, after, target, before, **options)
+    assert torch.equal(single, before[expected])
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_selection_from_logits_and_class_probabilities(backend):
+    optimizer = optimizer_on(backend)
+    after, target = torch.randn(6, 5), torch.rand(6, 5).softmax(dim=1)
+    before = torch.zeros(6)
+    expected = F.cross_entropy(after.double(), target.double(), reduction="none").topk(3).indices.sort().values
+    assert torch.equal(optimizer.select_from_logits(before, after, target, target), target[expected])
+
+
+def test_selection_from_logits_without_a_sample_to_drop_gives_the_batch_itself():
+    optimizer, inputs = optimizer_on("reference", gamma=1.0), torch.randn(4, 3)
+    assert optimizer.select_from_logits(torch.rand(4), torch.randn(4, 5), torch.arange(4), inputs) is inputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.ones(4), torch.ones(3, 5), torch.arange(3)), {}, "different numbers of samples"),
+        ((torch.ones(3), torch.ones(4, 5), torch.arange(4)), {}, "loss_before hold 3 samples, the batch 4"),
+        ((torch.ones(4), torch.ones(4, 5), torch.arange(3)), {}, "does not fit logits"),
+        ((torch.ones(4), torch.ones(4), torch.arange(4)), {}, "logits must be floating point"),
+        ((torch.ones(4), torch.ones(4, 5), torch.arange(4)), {"label_smoothing": 1.5}, "label_smoothing must lie in"),
+    ],
+)
+def test_selection_from_logits_refuses_what_does_not_fit(arguments, options, message):
+    for gamma in (0.5, 1.0):
+        with pytest.raises(ValueError, match=message):
+            optimizer_on("reference", gamma).select_from_logits(*arguments, torch.ones(4, 2), **options)
+
+
+def test_gradients_flow_through_the_optimizers_selection():
+    rows = torch.randn(4, 3, requires_grad=True)
+    optimizer_on("reference").select(torch.zeros(4), torch.tensor([1.0, 4.0, 2.0, 3.0]), rows).sum().backward()
+    assert rows.grad.tolist() == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
 # -- gather ------------------------------------------------------------------------------------------------------------
