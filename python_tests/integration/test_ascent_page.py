@@ -25,8 +25,8 @@ def namespace() -> dict:
 
 
 def test_snippets_take_a_step_for_each_batch(namespace):
-    assert len(SNIPPETS) == 2
-    assert namespace["optimizer"].state_dict()["esam"]["step"] == 2 * len(namespace["loader"])
+    assert len(SNIPPETS) == 3
+    assert namespace["optimizer"].state_dict()["esam"]["step"] == 3 * len(namespace["loader"])
 
 
 def test_the_radius_is_the_default_that_the_page_names(namespace):
