@@ -31,6 +31,7 @@ NATIVE_SOURCES = [
     "csrc/cpu/parallel.cpp",
     "csrc/cpu/perturbation.cpp",
     "csrc/cpu/selection.cpp",
+    "csrc/direct.cpp",
     "csrc/host.cpp",
 ]
 

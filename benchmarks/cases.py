@@ -105,8 +105,13 @@ PARAMETERS: dict[str, Callable[[], list[Shape]]] = {
     "ResNet-50": resnet50,
     "ViT-S/16": vit_small,
 }
-# One tensor, for the bandwidth of a GPU; too large for a CPU's minutes.
-GPU_PARAMETERS: dict[str, Callable[[], list[Shape]]] = {**PARAMETERS, "flat billion": lambda: [(10**9,)]}
+# One tensor, for the bandwidth of a GPU; too large for a CPU's minutes. The smaller one is measured stage by stage.
+LARGE = "flat 100 million"
+GPU_PARAMETERS: dict[str, Callable[[], list[Shape]]] = {
+    **PARAMETERS,
+    LARGE: lambda: [(10**8,)],
+    "flat billion": lambda: [(10**9,)],
+}
 
 OVERHEAD: dict[str, Callable[[], list[Shape]]] = {
     "10 tensors of 100": small_tensors,
@@ -137,6 +142,8 @@ class Sizes:
     compiles: bool  # whether torch.compile is among the peers
     copy_bytes: int | None = None
     min_rounds: int = 5
+    image: int = 32  # pixels on a side, of the whole steps
+    classes: int = 10
 
 
 def sizes_of(device: torch.device) -> Sizes:

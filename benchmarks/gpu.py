@@ -8,6 +8,7 @@ failed. Ends with 0 if all is well, 1 if something failed, 2 without a CUDA devi
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -78,8 +79,10 @@ class Session:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
-        timer = threading.Timer(limit, process.kill)
+        # With what it has started itself: compute-sanitizer would otherwise go on, and keep the pipe open.
+        timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -142,8 +145,10 @@ def main() -> int:
                 session.together([job], session.left() - for_bench)
         if "bench" in parts:
             measure = ["--suite", "all", "--device", "cuda", "--minutes", str(BENCH_MINUTES)]
-            session.together([Job("bench", [sys.executable, "-m", "benchmarks.run", *measure])], session.left())
-            session.together([Job("plots", [sys.executable, "-m", "benchmarks.plots"])], session.left())
+            bench = Job("bench", [sys.executable, "-m", "benchmarks.run", *measure])
+            session.together([bench], session.left() - PLOT_SECONDS)
+            after = [Job(name, [sys.executable, "-m", f"benchmarks.{name}"]) for name in ("plots", "readme")]
+            session.together(after, session.left())
         session.say("\n== make gpu ==")
         return 0 if session.summary() else 1
 

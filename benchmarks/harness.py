@@ -1,7 +1,8 @@
 """How things are timed: paired alternation, medians with p20 and p80, cold caches, the copy bandwidth of the same run.
 
 Machines are noisy, and noise lasts: two implementations measured one after the other are not comparable. So they
-alternate (ours, peer, ours, peer, ...), and a ratio is the median over pairs of neighbours.
+alternate, and a ratio is the median over pairs of neighbours. Who comes first in a pair alternates too, as what ran
+before leaves the caches and the allocator to who comes next.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ def measure(
 ) -> Measurement:
     """Time ``contenders``, of which the first is ours, in alternation.
 
-    A round is ours, a peer, ours, the next peer, and so on, then a plain copy. There are at least ``min_rounds``
-    (fewer in a case that takes far longer than ``seconds``), and as many as ``seconds`` hold.
+    A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours;
+    then a plain copy, and an untimed run of who comes next: the copy has emptied the caches of code as well. There are
+    at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as ``seconds`` hold.
     """
     ours, *peers = contenders
     if ours.name != OURS:
@@ -199,13 +201,15 @@ def measure(
     start = time.perf_counter()
     for number in itertools.count(1):
         for peer in peers:
-            ours_time = samplers[OURS]()
-            result.ours.append(ours_time)
-            result.pairs[peer.name].append((ours_time, samplers[peer.name]()))
+            pair = (OURS, peer.name) if number % 2 else (peer.name, OURS)
+            times = {name: samplers[name]() for name in pair}
+            result.ours.append(times[OURS])
+            result.pairs[peer.name].append((times[OURS], times[peer.name]))
         if not peers:
             result.ours.append(samplers[OURS]())
         if copy_sampler:
             result.copies.append(copy_sampler())
+            samplers[OURS if number % 2 == 0 or not peers else peers[0].name]()
         elapsed = time.perf_counter() - start
         enough = min(min_rounds, FEWEST_ROUNDS) if elapsed > OVERTIME * seconds else min_rounds
         if number >= max_rounds or (number >= enough and elapsed >= seconds):

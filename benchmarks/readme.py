@@ -1,11 +1,12 @@
-"""The numbers of the README and of docs/ascent.md come from the rows.
+"""The numbers of the README, docs/ascent.md and docs/performance.md come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
-``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. ``--check``
-changes nothing, and fails where a page differs.
+``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The blocks of
+docs/performance.md are those of :mod:`benchmarks.performance`. ``--check`` changes nothing, and fails where a page
+differs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import performance, tables
 from benchmarks import rows as results
-from benchmarks import tables
 
 README = results.ROOT / "README.md"
-PAGES = (README, results.ROOT / "docs" / "ascent.md")
+PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "performance.md")))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
@@ -60,7 +61,7 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         table = _radii_table(path, match["only"]) if match["only"] else _study_table(path)
         return f"{match[1]}{table}\n{match[5]}"
 
-    return MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text)))
+    return performance.rendered(MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text))), folder)
 
 
 def _study_table(path: Path) -> str:
@@ -143,14 +144,15 @@ def differences(old: str, new: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, nargs="+", default=PAGES, help="in place of the pages")
+    parser.add_argument("--readme", type=Path, help="one page, in place of all")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     arguments = parser.parse_args()
-    return max([update(page, arguments.results, arguments.check) for page in arguments.readme])
+    pages = PAGES if arguments.readme is None else (arguments.readme,)
+    return max(_page(page, arguments.results, arguments.check) for page in pages)
 
 
-def update(page: Path, folder: Path, check: bool) -> int:
-    """Rewrite the page, or say where it differs; 1 where it does or cannot be made."""
+def _page(page: Path, folder: Path, check: bool) -> int:
+    """Write one page anew, or only compare it. Returns 1 if it differs, or cannot be made."""
     old = page.read_text()
     try:
         new = rendered(old, folder)

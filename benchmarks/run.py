@@ -12,6 +12,7 @@ import importlib
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -57,34 +58,47 @@ def main() -> int:
     total = sum(SHARES[name] for name in names)
     start = time.monotonic()
     deadline = start
+    failed: list[str] = []
     for name in names:
         # What one suite leaves over, the next may use.
         deadline += 60 * arguments.minutes * SHARES[name] / total
-        run_suite(name, context, deadline, arguments.minutes / NOMINAL_MINUTES, arguments.only, out)
+        failed += run_suite(name, context, deadline, arguments.minutes / NOMINAL_MINUTES, arguments.only, out)
     print(f"\n{time.monotonic() - start:.0f} s")
-    return 0
+    return 1 if failed else 0
 
 
-def run_suite(name: str, context: Context, deadline: float, factor: float, only: str, out: Path | None) -> None:
-    """Measure the cases of one suite until ``deadline`` and print their table."""
+def run_suite(name: str, context: Context, deadline: float, factor: float, only: str, out: Path | None) -> list[str]:
+    """Measure the cases of one suite until ``deadline`` and print their table. Returns the cases that failed.
+
+    Rows are written as soon as they are there: a run that is cut off leaves what it has measured.
+    """
     cases: list[Case] = list(importlib.import_module(f"benchmarks.suites.{name}").cases(context))
     cases = [case for case in cases if only in case.name]
     measured: list[results.Row] = []
-    left_out = []
+    left_out, failed = [], []
     print(f"\n== {name} ==", flush=True)
     for case in cases:
         left = deadline - time.monotonic()
         if left <= 0:
             left_out.append(case.name)
             continue
-        measured += case.run(min(case.seconds * factor, left))
-        gc.collect()
+        try:
+            rows = case.run(min(case.seconds * factor, left))
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{case.name}: FAILED, {type(error).__name__}", flush=True)
+            failed.append(case.name)
+            continue
+        finally:
+            gc.collect()
+        measured += rows
+        if out is not None:
+            results.save(out / f"{name}.json", rows)
     if measured:
         print(tables.as_text(tables.table(measured)))
-        if out is not None:
-            results.save(out / f"{name}.json", measured)
     if left_out:
         print(f"not run, no time left: {'; '.join(left_out)}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) for PyTorch, as fused kernels."""
 
-from esam_kernels import ops, schedules
+from esam_kernels import diagnostics, ops, schedules
 from esam_kernels.graphs import make_graphed_step
 from esam_kernels.optimizer import ESAM, SAM
 from esam_kernels.selection import cross_entropy, gather, select
@@ -13,6 +13,7 @@ __all__ = [
     "SAM",
     "RandomState",
     "cross_entropy",
+    "diagnostics",
     "frozen_batch_norm",
     "gather",
     "make_graphed_step",

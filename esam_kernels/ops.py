@@ -404,6 +404,11 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def direct(backend: str, device: torch.device) -> Any:
+    """The way of a backend past dispatcher and Python for plain tensors; None where it has none, or in a trace."""
+    return None if torch.compiler.is_compiling() else getattr(resolve(backend, device), "direct", None)
+
+
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
     """The losses of ``cross_entropy_forward``, twice differentiable with respect to the logits."""
     arguments = (logits, target, label_smoothing, ignore_index)
@@ -464,6 +469,9 @@ gather = _register("gather(Tensor[] tensors, Tensor indices, *, str backend='') 
 
 def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
     """The rows ``indices`` of each tensor, differentiable with respect to the tensors."""
+    shortcut = direct(backend, indices.device)
+    if shortcut and (gathered := shortcut.gather(tensors, indices)) is not None:
+        return gathered  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return reference.gather(tensors, indices)
     rows: list[Tensor] = gather(tensors, indices, backend=backend)
@@ -544,6 +552,9 @@ def select_rows(
     backend: str = "",
 ) -> list[Tensor]:
     """The rows that ``select_gather`` returns, differentiable with respect to the tensors."""
+    shortcut = direct(backend, after.device) if target is None else None
+    if shortcut and (indices := shortcut.select(before, after, k)) is not None:
+        return gather_rows(tensors, indices, backend)
     arguments = (k, target, label_smoothing, ignore_index)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         indices, _ = select_gather(before, after, [], *arguments, backend=backend)

@@ -43,6 +43,9 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
 
     Differentiable with respect to ``logits``, twice.
     """
+    shortcut = ops.direct("", logits.device)
+    if shortcut and (losses := shortcut.cross_entropy(logits, target, label_smoothing, ignore_index)) is not None:
+        return losses  # type: ignore[no-any-return]
     dim = check_logits(logits, target, label_smoothing)
     classes, samples = logits.shape[dim], logits.shape[0]
     labels = target if target.is_floating_point() else target.to(torch.int64)
@@ -124,8 +127,10 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: losses of other shapes, of different sizes, or a k outside [1, b].
     """
-    indices: Tensor = ops.select(loss_before.detach(), loss_after.detach(), k)
-    return indices
+    shortcut = ops.direct("", loss_before.device)
+    if shortcut and (indices := shortcut.select(loss_before, loss_after, k)) is not None:
+        return indices  # type: ignore[no-any-return]
+    return ops.select(loss_before.detach(), loss_after.detach(), k)  # type: ignore[no-any-return]
 
 
 def gather(indices: Tensor, *tensors: Any) -> Any:
@@ -155,6 +160,9 @@ def gather_on(backend: str, indices: Tensor, *tensors: Any) -> Any:
 
 def _with_rows(tensors: tuple[Any, ...], rows_of: Callable[[list[Tensor]], list[Tensor]]) -> Any:
     """The pytrees with rows of their tensors in the tensors' places; a single one as it is, not in a tuple."""
+    if all(isinstance(tensor, Tensor) for tensor in tensors):
+        found = rows_of(list(tensors))
+        return found[0] if len(found) == 1 else tuple(found)
     leaves, structure = pytree.tree_flatten(tensors)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     for i, rows in zip(positions, rows_of([leaves[i] for i in positions])):
@@ -197,7 +205,8 @@ def batch_size(batch: Any) -> int:
         TypeError: a leaf that is neither a tensor nor a number, a string or None.
     """
     sizes = []
-    for leaf in pytree.tree_leaves(batch):
+    plain = type(batch) is tuple and all(isinstance(leaf, Tensor) for leaf in batch)
+    for leaf in batch if plain else pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
             if leaf.dim() == 0:
                 raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")

@@ -32,6 +32,13 @@ class Context:
 
         return resolve(self.backend, self.device).__name__.removeprefix("esam_kernels.backends.")
 
+    def other_backends(self) -> list[str]:
+        """On a GPU, what else could serve it: measured beside ours, so that each operator gets the faster."""
+        from esam_kernels.backends import unavailable
+
+        names = ("triton", "cuda") if self.device.type == "cuda" else ()
+        return [name for name in names if name != self.backend_name() and unavailable(name, self.device) is None]
+
 
 @dataclass(frozen=True)
 class Case:

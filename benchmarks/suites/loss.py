@@ -13,11 +13,12 @@ from benchmarks.cases import Shape
 from benchmarks.harness import Contender, buffer_sets
 from benchmarks.rows import Row, of_measurement
 from benchmarks.suites import GAMMA, Case, Context
-from esam_kernels import cross_entropy, gather, select
+from esam_kernels import cross_entropy, gather, ops, select
 
 Run = Callable[..., Any]
 # Compiled once a shape, some seconds each.
 MAX_COMPILED_NUMEL = 1 << 20
+SELECTED = 512  # the batch whose selection alone is timed
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -26,6 +27,7 @@ def cases(context: Context) -> Iterator[Case]:
     for shape in context.sizes.logits:
         yield _cross_entropy(context, shape, backward=False)
         yield _cross_entropy(context, shape, backward=True)
+    yield _select(context, SELECTED)
     for shape in context.sizes.images:
         yield _gather(context, shape)
 
@@ -98,6 +100,10 @@ def _cross_entropy(context: Context, shape: Shape, backward: bool) -> Case:
     runs = {"ours": wrap(cross_entropy), "library": wrap(peers.library_cross_entropy)}
     if not backward:
         runs = _with_compiled(context, runs, forward_only(peers.library_cross_entropy), numel)
+        for name in context.other_backends():
+            runs[f"ours, {name}"] = lambda logits, target, name=name: ops.cross_entropy_forward(
+                logits, target, 0.0, -100, backend=name
+            )
     # Forward reads the logits; backward reads them again and writes their gradient.
     return _case(
         context,
@@ -130,21 +136,44 @@ def _selection(context: Context, shape: Shape, images: Shape) -> Case:
         return peers.library_select(before, peers.library_cross_entropy(logits, target), k, pixels, target)
 
     runs = _with_compiled(context, {"ours": ours, "published": published, "library": library}, library, 0)
+    for name in context.other_backends():  # in one launch, where the backend has it
+        runs[f"ours, {name}"] = lambda before, logits, target, pixels, name=name: ops.select_gather(
+            before, logits, [pixels, target], k, target, backend=name
+        )
     image = images[1] * images[2] * images[3]
     moved = 4 * (shape[0] * shape[1] + 2 * k * image)
     title = f"losses {_title(shape)} + selection + gather {_title(images)}"
     return _case(context, title, buffers, runs, moved, seconds=4.0, not_capturable=("published",))
 
 
+def _select(context: Context, samples: int) -> Case:
+    """B+ alone, from losses."""
+    k = max(1, round(GAMMA * samples))
+    runs: dict[str, Run] = {
+        "ours": lambda before, after: select(before, after, k),
+        "library": lambda before, after: (after - before).topk(k).indices.sort().values,
+    }
+
+    for name in context.other_backends():
+        runs[f"ours, {name}"] = lambda before, after, name=name: ops.select(before, after, k, backend=name)
+
+    def buffers() -> tuple[Tensor, ...]:
+        return torch.rand(samples, device=context.device), torch.rand(samples, device=context.device)
+
+    return _case(context, f"select {samples}", buffers, runs, 8 * samples + 8 * k, 1.0)
+
+
 def _gather(context: Context, images: Shape) -> Case:
     k = max(1, round(GAMMA * images[0]))
     indices = torch.randperm(images[0])[:k].sort().values.to(context.device)
     mask = torch.zeros(images[0], dtype=torch.bool, device=context.device).index_fill_(0, indices, True)
-    runs = {
+    runs: dict[str, Run] = {
         "ours": lambda pixels: gather(indices, pixels),
         "published": lambda pixels: pixels[mask],
         "library": lambda pixels: pixels.index_select(0, indices),
     }
+    for name in context.other_backends():
+        runs[f"ours, {name}"] = lambda pixels, name=name: ops.gather([pixels], indices, backend=name)
     moved = 2 * 4 * k * images[1] * images[2] * images[3]
 
     def buffers() -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ peak.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import re
 import resource
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import TINY, sizes_of
+from benchmarks.cases import TINY, Sizes, numel, resnet50, sizes_of
 from benchmarks.rows import ROOT, Row, of_samples
 from benchmarks.suites import Case, Context
 from benchmarks.suites.step import batch, training_step
+from examples.models import build_model
 
 STEPS = 3
 # (the row's implementation, the step's name, the method)
@@ -38,7 +41,31 @@ OPTIMIZERS = (
 MIB = 1 << 20
 
 
+# On a GPU: (network, pixels, classes).
+IMAGENET = ("resnet50", 224, 1000)
+
+
 def cases(context: Context) -> Iterator[Case]:
+    if context.device.type == "cuda" and context.sizes is not TINY and has_imagenet_network():
+        yield _case(dataclasses.replace(context, sizes=imagenet_sizes(context.sizes)))
+    yield _case(context)
+
+
+def has_imagenet_network() -> bool:
+    """Whether examples.models can build it: a network with ResNet-50's number of weights comes out."""
+    name, image, classes = IMAGENET
+    with contextlib.suppress(KeyError, ValueError), torch.device("meta"):
+        params = build_model(name, 3, image, classes).parameters()
+        return sum(param.numel() for param in params) == numel(resnet50())
+    return False
+
+
+def imagenet_sizes(sizes: Sizes) -> Sizes:
+    network, image, classes = IMAGENET
+    return dataclasses.replace(sizes, network=network, image=image, classes=classes)
+
+
+def _case(context: Context) -> Case:
     title = f"{context.sizes.network} b{context.sizes.batch} fp32, {STEPS} steps"
 
     def run(seconds: float) -> list[Row]:
@@ -60,7 +87,7 @@ def cases(context: Context) -> Iterator[Case]:
             rows.append(row)
         return [row | {"above_sgd": round(row["p50"] - rows[0]["p50"], 1)} for row in rows]
 
-    yield Case(title, 40.0, run)
+    return Case(title, 40.0, run)
 
 
 def in_fresh_process(context: Context, step: str, method: str) -> dict[str, float]:
@@ -68,6 +95,7 @@ def in_fresh_process(context: Context, step: str, method: str) -> dict[str, floa
     command += ["--method", method, "--threads", str(torch.get_num_threads())]
     command += ["--backend", context.backend] if context.backend else []
     command += ["--tiny"] if context.sizes is TINY else []
+    command += ["--imagenet"] if context.sizes.network == IMAGENET[0] else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -94,7 +122,8 @@ def _now(device: torch.device) -> float:
 def child(arguments: Any) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    context = Context(device, TINY if arguments.tiny else sizes_of(device), arguments.backend)
+    sizes = TINY if arguments.tiny else sizes_of(device)
+    context = Context(device, imagenet_sizes(sizes) if arguments.imagenet else sizes, arguments.backend)
     images, target = batch(context)
     step = training_step(context, arguments.step, arguments.method, "SGD", "fp32")
     before = _now(device)
@@ -111,6 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--backend")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--imagenet", action="store_true")
     print(json.dumps(child(parser.parse_args())))
 
 

@@ -7,6 +7,7 @@ fuses its own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.cases import Shape, numel
+from benchmarks.cases import LARGE, Shape, numel
 from benchmarks.harness import CACHE_MULTIPLE, Contender, cache_bytes
 from benchmarks.rows import Row, of_measurement
 from benchmarks.suites import BETA, DTYPES, RHO, SGD, Case, Context
 from esam_kernels import ESAM, ops
 
 # Values that have to be read or written for each weight (section "Speed" of the design).
-NORM, PERTURB, RESTORE_SGD = 1, 4, 5
+NORM, PERTURB, RESTORE, RESTORE_SGD = 1, 4, 2, 5
 # A whole compilation of 62 tensors takes about half a minute: only the first network gets one.
 COMPILED_NETWORKS = 1
 # Above this many weights each peer's copies would not fit: the fastest one stands for all.
@@ -38,6 +39,9 @@ def cases(context: Context) -> Iterator[Case]:
                 yield _case(context, name, dtype, mask, 5.0, compiles=context.sizes.compiles and dtype == "fp32")
         for dtype in DTYPES:
             yield from _stage_cases(context, name, dtype, 1.5)
+    if LARGE in others:
+        for dtype in DTYPES:
+            yield from _stage_cases(context, LARGE, dtype, 1.5)
     for dtype in DTYPES:
         for name in others:
             for mask in ("tensor", "element"):
@@ -56,7 +60,7 @@ def _case(context: Context, name: str, dtype: str, mask: str, seconds: float, co
 
 
 def _stage_cases(context: Context, name: str, dtype: str, seconds: float) -> Iterator[Case]:
-    for stage in ("norm", "perturb", "perturb element", "restore + SGD"):
+    for stage in ("norm", "perturb", "perturb element", "restore", "restore + SGD"):
         title = f"{name} {dtype} stage: {stage}"
 
         def run(seconds: float, stage: str = stage, title: str = title) -> list[Row]:
@@ -162,9 +166,15 @@ class Lists:
             "norm": self._norm,
             "perturb": functools.partial(self._perturb, element=False),
             "perturb element": functools.partial(self._perturb, element=True),
+            "restore": self._restore,
             "restore + SGD": self._restore_sgd,
         }
         values, runs = make[stage](params, grads, extra)
+        own = self.context
+        for name in own.other_backends():
+            self.context = dataclasses.replace(own, backend=name)
+            runs[f"ours, {name}"] = make[stage](params, grads, extra)[1]["ours"]
+        self.context = own
         return [
             Contender(name, [torch.no_grad()(run)], self.evict, self.bytes_of(values), capturable=True)
             for name, run in runs.items()
@@ -197,6 +207,13 @@ class Lists:
             ),
             "foreach": lambda: peers.foreach_perturb(extra, self.first, RHO, norm=norm),
             "published": lambda: peers.loop_perturb(extra, self.first, RHO, norm=norm),
+        }
+
+    def _restore(self, params: list[Tensor], saved: list[Tensor], _: Any) -> tuple[int, dict[str, Callable[[], Any]]]:
+        backend = self.context.backend or ""
+        return RESTORE, {
+            "ours": lambda: ops.restore_(params, saved, backend=backend),
+            "foreach": lambda: torch._foreach_copy_(params, saved),
         }
 
     def _restore_sgd(

@@ -16,9 +16,9 @@ from benchmarks.harness import Contender
 from benchmarks.rows import Row, of_measurement
 from benchmarks.suites import BETA, DTYPES, GAMMA, RHO, SGD, Case, Context
 from esam_kernels import ESAM, cross_entropy
+from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
 from examples.models import build_model
 
-CLASSES, IMAGE_SIZE = 10, 32
 # (beta, gamma, mask, ascent): SAM is ESAM at beta = gamma = 1.
 METHODS = {
     "ESAM": (BETA, GAMMA, "tensor", "current"),
@@ -72,15 +72,16 @@ def contenders(context: Context, method: str, base: str, dtype: str) -> list[Con
 
 def batch(context: Context) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(context.sizes.batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    target = torch.randint(CLASSES, (context.sizes.batch,), generator=generator)
+    images = torch.randn(context.sizes.batch, 3, context.sizes.image, context.sizes.image, generator=generator)
+    target = torch.randint(context.sizes.classes, (context.sizes.batch,), generator=generator)
     return images.to(context.device), target.to(context.device)
 
 
 def training_step(context: Context, name: str, method: str, base: str, dtype: str) -> Callable[[Tensor, Tensor], Any]:
     """One step of a freshly made model with one optimizer, as a function of a batch."""
     torch.manual_seed(0)
-    model = build_model(context.sizes.network, 3, IMAGE_SIZE, CLASSES).to(context.device).train()
+    sizes = context.sizes
+    model = build_model(sizes.network, 3, sizes.image, sizes.classes).to(context.device).train()
     params = list(model.parameters())
     base_optimizer = BASES[base](params)
     beta, gamma, mask, ascent = METHODS[method]
@@ -99,8 +100,7 @@ def training_step(context: Context, name: str, method: str, base: str, dtype: st
             backend=context.backend,
         )
         if name.endswith("graphed"):
-            graphed: Callable[[Tensor, Tensor], Any] = esam_kernels.make_graphed_step(ours, losses, *batch(context))
-            return graphed
+            return _captured(esam_kernels.make_graphed_step(ours, losses, *batch(context)), *batch(context))
         return lambda images, target: ours.step(losses, images, target)
     if name == "published":
         by_tensor = mask == "tensor"
@@ -122,6 +122,13 @@ def training_step(context: Context, name: str, method: str, base: str, dtype: st
         base_optimizer.zero_grad()
 
     return plain
+
+
+def _captured(step: Callable[[Tensor, Tensor], Any], *batch: Tensor) -> Callable[[Tensor, Tensor], Any]:
+    """``step`` once all its graphs are there: each draw of the pool runs eagerly first, and is captured after that."""
+    for _ in range(WARMUP_STEPS + 2 * DRAW_POOL):
+        step(*batch)
+    return step
 
 
 def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -279,7 +279,8 @@ void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after,
       return;
     }
     const Fused fused{before, after, loss_before, loss_after, selection, gather_table(tensors, 0, selection.k)};
-    const int64_t rows = std::max(before.rows, after.rows), rows_together = rows_of_block(after.rows > 0 ? after : before);
+    const int64_t rows = std::max(before.rows, after.rows),
+                  rows_together = rows_of_block(after.rows > 0 ? after : before);
     const int64_t wanted = std::max((rows + rows_together - 1) / rows_together, fused.table.first_unit[tensors.size()]);
     const int64_t blocks = std::clamp<int64_t>(wanted, 1, resident);
     launch(kernel, blocks, /*cooperative=*/true, stream, fused);

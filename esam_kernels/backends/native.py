@@ -54,6 +54,9 @@ _native, _reason = _load()
 extension = _native
 """The compiled module; None where it cannot be used."""
 
+direct = _native.direct if _native else None
+"""``cross_entropy``, ``select`` and ``gather`` of plain tensors in one call each; they return None for any others."""
+
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":

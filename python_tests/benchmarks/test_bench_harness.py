@@ -46,7 +46,7 @@ def test_quantiles_refuse_no_samples():
         harness.quantiles([])
 
 
-def test_implementations_alternate_ours_before_each_peer():
+def test_implementations_alternate_and_so_does_who_comes_first():
     order = []
 
     def noting(name):
@@ -54,7 +54,18 @@ def test_implementations_alternate_ours_before_each_peer():
 
     measure([noting("ours"), noting("a"), noting("b")], rounds=2)
     warm_up = ["ours", "ours", "a", "a", "b", "b"]
-    assert order == warm_up + ["ours", "a", "ours", "b"] * 2
+    assert order == [*warm_up, "ours", "a", "ours", "b", "a", "ours", "b", "ours"]
+
+
+def test_after_a_copy_who_comes_next_runs_once_untimed():
+    order = []
+
+    def noting(name):
+        return Contender(name, [lambda: order.append(name) or 1.0])
+
+    measured = measure([noting("ours"), noting("a")], rounds=2, with_copy=True, copy_bytes=1 << 12)
+    assert order == ["ours", "ours", "a", "a", *("ours", "a"), "a", *("a", "ours"), "ours"]
+    assert (len(measured.ours), len(measured.pairs["a"]), len(measured.copies)) == (2, 2, 2)
 
 
 def test_ratio_is_the_median_of_the_paired_ratios():

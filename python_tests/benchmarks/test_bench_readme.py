@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
-def test_page_agrees_with_the_rows(page):
+def test_pages_agree_with_the_rows(page):
     text = page.read_text()
     assert readme.differences(text, readme.rendered(text)) == []
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import harness, rows, run
 from benchmarks.cases import TINY, sizes_of
-from benchmarks.suites import Context, loss, memory, overhead, perturb, step
+from benchmarks.suites import Case, Context, loss, memory, overhead, perturb, step
 
 CPU = torch.device("cpu")
 SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step}
@@ -66,6 +66,19 @@ def test_run_writes_rows_and_names_what_it_left_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "SGD alone" in printed
     assert "no time left: 2 tensors of 10, tensor; 2 tensors of 10, element" in printed
+
+
+def test_a_case_that_fails_loses_no_other_row(tmp_path, monkeypatch, capsys):
+    def cases(_):
+        for name in ("first", "second", "third"):
+            row = {"suite": "loss", "case": name, "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+            yield Case(name, 1.0, lambda _, name=name, row=row: 1 / 0 if name == "second" else [row])
+
+    monkeypatch.setattr(loss, "cases", cases)
+    deadline = harness.time.monotonic() + 100
+    assert run.run_suite("loss", Context(CPU, TINY), deadline, 1.0, "", tmp_path) == ["second"]
+    assert [row["case"] for row in rows.load(tmp_path / "loss.json")] == ["first", "third"]
+    assert "second: FAILED, ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_peers_move_the_weights_as_ours_does():

@@ -203,6 +203,13 @@ def test_label_noise_flips_the_given_share_to_other_classes(digits):
     assert not torch.equal(noisy.train_labels, with_label_noise(digits, 0.4, seed=2).train_labels)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_label_noise_is_drawn_on_the_host_for_labels_on_another_device(digits, share):
+    noisy = with_label_noise(digits.to(torch.device("meta")), share, seed=1)
+    assert noisy.train_labels.device.type == "meta"
+    assert noisy.train_labels.shape == digits.train_labels.shape
+
+
 def test_digits_are_split_and_keep_their_labels(digits):
     from sklearn.datasets import load_digits
 

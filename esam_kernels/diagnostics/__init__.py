@@ -1,0 +1,26 @@
+"""Looking at the loss around the weights of a model: what the paper's figures measure, for any model.
+
+Every function takes the model, a closure as :meth:`esam_kernels.ESAM.step` does, and the batch. The model, with its
+gradients, buffers and modes, and torch's random state are afterwards what they were, bit for bit and in the same
+memory, whatever happened in between (see :mod:`esam_kernels.diagnostics.probe`).
+"""
+
+from esam_kernels.diagnostics.curvature import TopEigenvalue, top_hessian_eigenvalue
+from esam_kernels.diagnostics.landscape import LossLandscape, loss_landscape
+from esam_kernels.diagnostics.selected_data import GradientCosine, SplitLosses, gradient_cosine, split_losses
+from esam_kernels.diagnostics.sharpness import Linearity, Sharpness, linearity, sharpness
+
+__all__ = [
+    "GradientCosine",
+    "Linearity",
+    "LossLandscape",
+    "Sharpness",
+    "SplitLosses",
+    "TopEigenvalue",
+    "gradient_cosine",
+    "linearity",
+    "loss_landscape",
+    "sharpness",
+    "split_losses",
+    "top_hessian_eigenvalue",
+]
