@@ -127,6 +127,8 @@ def with_ascents(parser: Parser, options: argparse.Namespace) -> list[str]:
     names = {"current": "esam", **{ascent: name for name, ascent in ONE_PASS.items()}}
     esam = [names[ascent] for ascent in options.ascent]
     found = list(dict.fromkeys(each for name in options.optimizer for each in (esam if name == "esam" else [name])))
+    if options.recipe and set(found) & set(ONE_PASS):
+        parser.error(f"--recipe holds rho, beta and gamma for two passes: not for {' and '.join(ONE_PASS)}")
     if options.gamma not in (None, 1.0) and set(found) & set(ONE_PASS) and not set(found) & {"esam", "esam-sds"}:
         parser.error(
             f"--gamma {options.gamma} needs two looks at the batch, and {' and '.join(ONE_PASS)} take one: leave it out"

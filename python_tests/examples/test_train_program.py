@@ -238,6 +238,10 @@ def run_expecting_an_error(arguments, tmp_path, capsys):
         (["--optimizer", "esam", "--gamma", "1.5"], "gamma must lie in (0, 1]"),
         (["--ascent", "momentum", "--gamma", "0.5"], "--gamma 0.5 needs two looks at the batch"),
         (["--optimizer", "esam-previous", "--gamma", "0.5"], "esam-previous and esam-momentum take one"),
+        (
+            ["--recipe", "cifar10-resnet18-esam", "--ascent", "momentum"],
+            "--recipe holds rho, beta and gamma for two passes",
+        ),
         (["--ascent", "momentum", "--momentum", "0"], "needs a base optimizer with momentum"),
         (["--ascent", "previous", "--optimizer", "sgd"], "--ascent is for --optimizer esam"),
         (["--ascent", "sideways"], "invalid choice: 'sideways'"),
