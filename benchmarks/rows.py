@@ -64,13 +64,13 @@ def _triton_version() -> str | None:
 
 
 def commit() -> str:
-    """The commit that was measured; "+" behind it where the package differs from it."""
+    """The commit that was measured; "+" behind it where the code differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "esam_kernels", "csrc", "benchmarks/*.py", "benchmarks/suites")
+        changed = git("status", "--porcelain", "--", "esam_kernels", "csrc", "benchmarks/*.py", "examples/*.py")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
