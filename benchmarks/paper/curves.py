@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from data import DataSet
 from torch import Tensor
-from trainer import Trainer
+from trainer import Trainer, beta_of, gamma_of
 
 from benchmarks.paper.experiment import Settings, Unit
 from benchmarks.paper.training import train_and_measure
@@ -32,6 +33,12 @@ def recipe(settings: Settings, data: str) -> tuple[list[str], int | None]:
     words = settings.choose(smoke=f"{small} --epochs 2", small=small, paper=PAPER_RECIPE).split()
     small_limit = None if data == "digits" else SMALL_CIFAR
     return [*words, "--gamma-warmup", "0"], settings.choose(smoke=256, small=small_limit, paper=None)
+
+
+def shares_of(options: argparse.Namespace) -> dict[str, float]:
+    """rho, beta and gamma of a training with ESAM."""
+    rho = 0.05 if options.rho is None else options.rho
+    return {"rho": rho, "beta": beta_of("esam", options), "gamma": gamma_of("esam", options)}
 
 
 def probed_batches(trainer: Trainer) -> list[tuple[Tensor, Tensor]]:

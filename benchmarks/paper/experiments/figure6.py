@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import Trainer, gamma_of
+from trainer import Trainer
 
 from benchmarks.paper import curves, plotting
 from benchmarks.paper.experiment import Claim, Experiment, Settings, Unit
@@ -29,11 +29,7 @@ PAPER = {
 def measure(trainer: Trainer) -> list[Row]:
     """The three cosines at w + e, as means over the batches; a batch in which a gradient is 0 has none."""
     options = trainer.options
-    shares = {
-        "rho": 0.05 if options.rho is None else options.rho,
-        "beta": options.beta,
-        "gamma": gamma_of("esam", options),
-    }
+    shares = curves.shares_of(options)
     found = []
     for number, batch in enumerate(curves.probed_batches(trainer)):
         more = {"mask": options.mask, "seed": len(trainer.history) * 1000 + number}
