@@ -1,11 +1,12 @@
-"""The numbers of the README and of docs/performance.md come from the rows.
+"""The numbers of the README, docs/ascent.md and docs/performance.md come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
-it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study.
-The blocks of docs/performance.md are those of :mod:`benchmarks.performance`. ``--check`` changes nothing, and fails
-where a page differs.
+it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
+``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The blocks of
+docs/performance.md are those of :mod:`benchmarks.performance`. ``--check`` changes nothing, and fails where a page
+differs.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
-PAGES = (README, results.ROOT / "docs" / "performance.md")
+PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "performance.md")))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
-STUDY = re.compile(r"(<!-- study:(?P<source>\S+) -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
+STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")
 ANY_MARK = re.compile(r"<!-- row: ")
 
@@ -55,16 +57,16 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         return f"{value:{comma}.{decimals}f}{match['mark']}"
 
     def study(match: re.Match[str]) -> str:
-        return f"{match[1]}{_study_table(folder / (match['source'] + '.json'))}\n{match[4]}"
+        path = folder / (match["source"] + ".json")
+        table = _radii_table(path, match["only"]) if match["only"] else _study_table(path)
+        return f"{match[1]}{table}\n{match[5]}"
 
     return performance.rendered(MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text))), folder)
 
 
 def _study_table(path: Path) -> str:
     """Test accuracies by optimizer and label noise: mean and standard deviation over the seeds."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    study = json.loads(path.read_text())
+    study = _load_study(path)
     cells = {(row["optimizer"], row["label_noise"]): row["test_accuracy"] for row in study["rows"]}
     noises = sorted({noise for _, noise in cells}, reverse=True)
     optimizers = dict.fromkeys(optimizer for optimizer, _ in cells)
@@ -79,6 +81,35 @@ def _study_table(path: Path) -> str:
     environment, seeds = study["environment"], study["rows"][0]["seeds"]
     lines.append(f"\n{seeds} seeds; torch {environment['torch']}, commit {environment['commit'][:10]}.")
     return "\n".join(lines)
+
+
+def _radii_table(path: Path, optimizer: str) -> str:
+    """Points of test accuracy over SGD of the same seeds, by task and radius, on the tuning seeds, beside SAM's."""
+    study = _load_study(path)
+    rows = [row for row in study["rows"] if row["stage"] == "tune"]
+    own = [row for row in rows if row["optimizer"] == optimizer]
+    if not own:
+        raise ValueError(f"{path} has no rows of {optimizer!r}")
+    radii = sorted({row["rho"] for row in own})
+    cells = {(row["task"], row["rho_warmup"], row["rho"]): row for row in own}
+    sam = {row["task"]: row for row in rows if row["optimizer"] == "sam"}
+    lines = ["| points over SGD | " + " | ".join(f"{rho:g}" for rho in radii) + " | SAM |"]
+    lines.append("|---" + "|---:" * (len(radii) + 1) + "|")
+    for task, warmup in dict.fromkeys((task, warmup) for task, warmup, _ in cells):
+        found = [cells.get((task, warmup, rho)) for rho in radii] + [None if warmup else sam.get(task)]
+        texts = ["" if cell is None else f"{cell['over_sgd']:+.1f} ({cell['seeds']})" for cell in found]
+        lines.append(f"| {task}{', warm-up of rho' if warmup else ''} | " + " | ".join(texts) + " |")
+    commits = ", ".join(commit[:10] for commit in study["environment"]["commit"])
+    torch = ", ".join(study["environment"]["torch"])
+    lines.append(f"\nIn brackets the number of seeds. torch {torch}, commit {commits}.")
+    return "\n".join(lines)
+
+
+def _load_study(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    study: dict[str, Any] = json.loads(path.read_text())
+    return study
 
 
 def _load(path: Path) -> list[results.Row]:
@@ -113,7 +144,7 @@ def differences(old: str, new: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, help="one page, in place of the README and docs/performance.md")
+    parser.add_argument("--readme", type=Path, help="one page, in place of all")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     arguments = parser.parse_args()
     pages = PAGES if arguments.readme is None else (arguments.readme,)

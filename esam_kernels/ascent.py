@@ -16,6 +16,21 @@ from torch.optim import Optimizer
 
 from esam_kernels.tensor_lists import are_alike, are_unshared, gradients
 
+# The radius of each ascent where none is given: the paper's, and for the others what examples/ascent_study.py says.
+DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 1.0}
+
+
+class RhoOfAscent(float):
+    """What a signature holds for "none given": a number, that of "current", which stands for the ascent's own."""
+
+
+RHO_OF_ASCENT = RhoOfAscent(DEFAULT_RHO["current"])
+
+
+def rho_or_default(rho: float, ascent: str) -> float:
+    """``rho``, or the radius of ``ascent`` where none was given."""
+    return DEFAULT_RHO.get(ascent, rho) if isinstance(rho, RhoOfAscent) else rho
+
 
 class CurrentGradient:
     """g of this batch, from ``.grad`` (Algorithm 1)."""
@@ -38,8 +53,11 @@ class CurrentGradient:
     def remember(self, params: Sequence[Tensor]) -> None:
         """Keep what the next step needs, after the update."""
 
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Make the state that a checkpoint is to be loaded into, after a step of nothing but zeros."""
+
     def state(self) -> dict[int, Tensor]:
-        """What a checkpoint has to hold of it."""
+        """What a checkpoint has to hold of it, by the number of the parameter."""
         return {}
 
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
@@ -76,9 +94,9 @@ class PreviousGradient(CurrentGradient):
 
     def remember(self, params: Sequence[Tensor]) -> None:
         """Take the gradients out of ``.grad``; copy those that somebody else holds."""
-        given = [(i, grad) for i, param in enumerate(params) if (grad := param.grad) is not None and param.numel()]
-        indices, grads = [i for i, _ in given], [grad for _, grad in given]
-        del given
+        # No name here may hold a gradient beside the list, or it would count as somebody else's.
+        indices = [i for i, param in enumerate(params) if param.grad is not None and param.numel()]
+        grads = [grad for grad in (params[i].grad for i in indices) if grad is not None]
         free = [False] * len(grads) if self.in_place else are_unshared(grads)
         for j, i in enumerate(indices):
             if free[j] and are_alike([grads[j]], [params[i]]):
@@ -88,6 +106,11 @@ class PreviousGradient(CurrentGradient):
                 self._history[i] = self._places[i].copy_(grads[j])
             else:
                 self._history[i] = torch.empty_like(params[i]).copy_(grads[j].detach())
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """A history of zeros, which perturbs nothing, where there is none."""
+        if not self._history:
+            self.remember(params)
 
     def state(self) -> dict[int, Tensor]:
         """The last gradient of each parameter."""

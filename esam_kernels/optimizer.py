@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esam_kernels import distributed
+from esam_kernels.ascent import RHO_OF_ASCENT, rho_or_default
 from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
 from esam_kernels.perturbation import StochasticWeightPerturbation
@@ -43,7 +44,8 @@ class ESAM(WrappedOptimizer):
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
             by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0.
+        rho: radius of the perturbation, >= 0. Without one: that of the ascent, :data:`esam_kernels.ascent.DEFAULT_RHO`
+            (0.05, and 1.0 for "momentum").
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
@@ -86,7 +88,7 @@ class ESAM(WrappedOptimizer):
         params: Any,
         base_optimizer: type[Optimizer] | Optimizer,
         *,
-        rho: float = 0.05,
+        rho: float = RHO_OF_ASCENT,
         beta: float = 0.6,
         gamma: float = 0.5,
         adaptive: bool = False,
@@ -102,6 +104,7 @@ class ESAM(WrappedOptimizer):
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
+        rho = rho_or_default(rho, ascent)
         check_gamma(gamma, ascent)
         self._gamma = float(gamma)
         self.replay_noise = True
@@ -356,7 +359,9 @@ class ESAM(WrappedOptimizer):
             return self._finish_step(closure)
         # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
         if closure is None and all(group.get("lr") == 0.0 for group in self.param_groups):
-            return self.base_optimizer.step()
+            self.base_optimizer.step()
+            self._perturbation.ascent.prepare(self._perturbation.params)
+            return None
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         self._require(perturbed=False, call="step")
@@ -536,7 +541,7 @@ class SAM(ESAM):
     Args:
         params: parameters or parameter groups.
         base_optimizer: a torch optimizer class, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0.
+        rho: radius of the perturbation, >= 0; without one, as for ESAM.
         adaptive: T_w = \\|w\\| + eta instead of 1.
         kwargs: the other arguments of :class:`ESAM` (not beta, gamma, mask, radius), and the base optimizer's.
     """
@@ -545,7 +550,7 @@ class SAM(ESAM):
         self,
         params: Any,
         base_optimizer: type[Optimizer] | Optimizer,
-        rho: float = 0.05,
+        rho: float = RHO_OF_ASCENT,
         adaptive: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -19,6 +19,8 @@ from esam_kernels.training_modes import RandomState
 
 # What state_dict() holds beside the base optimizer's own state.
 _SAVED = ("seed", "step", "beta", "gamma", "mask", "radius", "eta", "eps")
+# Under which name the state of a parameter holds its last gradient, with ascent="previous".
+_HISTORY = "previous_gradient"
 # What a copy takes over.
 _COPIED = (
     "base_optimizer",
@@ -123,13 +125,17 @@ class WrappedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The base optimizer's ``state_dict``, with seed, step and hyperparameters under "esam".
 
+        With ascent="previous" the state of each parameter holds its last gradient too, as "previous_gradient".
+
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
         """
         self._require(perturbed=False, call="state_dict")
         saved = self._note_saved()
-        history = self._perturbation.ascent.state()
-        return {**self.base_optimizer.state_dict(), "esam": {**saved, "history": history} if history else saved}
+        state_dict = self.base_optimizer.state_dict()
+        for number, last in self._perturbation.ascent.state().items():
+            state_dict["state"][number] = {**state_dict["state"].get(number, {}), _HISTORY: last}
+        return {**state_dict, "esam": saved}
 
     def _note_saved(self) -> dict[str, Any]:
         """What is saved under "esam", noted in every group too: torch.distributed.checkpoint keeps nothing else."""
@@ -149,7 +155,7 @@ class WrappedOptimizer(Optimizer):
         self._require(perturbed=False, call="load_state_dict")
         noted = [group["esam"] for group in state_dict["param_groups"] if "esam" in group]
         saved = dict(state_dict.get("esam", noted[0] if noted else {}))
-        history = saved.pop("history", {})
+        state, history = _without_history(state_dict)
         unknown = set(saved) - set(_SAVED)
         if unknown:
             raise ValueError(f"the state holds unknown ESAM entries: {sorted(unknown)}")
@@ -159,7 +165,8 @@ class WrappedOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             group_defaults(group, 0.0, False)
         own = [{name: group[name] for name in ("rho", "adaptive")} for group in self.param_groups]
-        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "esam"})
+        plain = {key: value for key, value in state_dict.items() if key != "esam"}
+        self.base_optimizer.load_state_dict({**plain, "state": state})
         for group, values in zip(self.param_groups, own):
             for name, value in values.items():
                 group.setdefault(name, value)
@@ -196,3 +203,17 @@ class WrappedOptimizer(Optimizer):
         if first is None:
             return False
         return not any(first is grad and first._version == version for grad, version in self._used_gradients)
+
+
+def _without_history(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[int, Tensor]]:
+    """The base optimizer's part of the state, and the last gradients by the number of the parameter."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    states = state_dict["state"]
+    history = {number: states[key][_HISTORY] for number, key in enumerate(keys) if _HISTORY in states.get(key, {})}
+    if not history:
+        return states, {}
+    plain = {
+        key: {name: value for name, value in values.items() if name != _HISTORY} if isinstance(values, dict) else values
+        for key, values in states.items()
+    }
+    return {key: values for key, values in plain.items() if values}, history

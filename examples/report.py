@@ -15,7 +15,7 @@ import torch
 import esam_kernels
 
 # Okabe and Ito's palette: distinct for colour-blind readers as well.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 # One training: optimizer, seed, images (in an epoch), sharpness, and history, a list with a dict for each epoch.
 Result = dict[str, Any]

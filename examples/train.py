@@ -21,8 +21,10 @@ from models import MODELS, needs_two_images
 from progress import Progress
 from recipes import parse_with_recipe, recipe_name
 from report import Result, plot, summarise, table, write_json
-from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, OPTIMIZERS, Trainer
+from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, Trainer, gamma_of
 
+from esam_kernels.ascent import ASCENTS
+from esam_kernels.ascent import DEFAULT_RHO as DEFAULT_RHOS
 from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.
@@ -54,9 +56,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     training = parser.add_argument_group("training")
     training.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd", "sam", "esam"])
-    training.add_argument("--rho", type=radius, help=f"radius (default {DEFAULT_RHO}; asam {DEFAULT_RHO_ASAM})")
-    training.add_argument("--beta", type=float, default=0.6, help="ESAM: share of the weights perturbed (default 0.6)")
-    training.add_argument("--gamma", type=float, default=0.5, help="ESAM: share of the batch in pass 2 (default 0.5)")
+    training.add_argument(
+        "--ascent",
+        choices=ASCENTS,
+        nargs="+",
+        default=["current"],
+        help="what esam perturbs along, a row each: previous and momentum take one pass a step (default current)",
+    )
+    training.add_argument("--rho", type=radius, help=f"radius (default: {default_radii()})")
+    training.add_argument(
+        "--rho-warmup", type=share, default=0.0, help="share of the steps over which rho rises from 0 (default 0)"
+    )
+    training.add_argument("--beta", type=float, help="ESAM: share of the weights perturbed (default 0.6; one pass: 1)")
+    training.add_argument(
+        "--gamma", type=float, help="ESAM: share of the batch in pass 2 (default 0.5; one pass: always 1)"
+    )
     training.add_argument(
         "--gamma-warmup", type=share, default=0.5, help="share of the steps over which gamma falls from 1 (default 0.5)"
     )
@@ -87,7 +101,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--out", metavar="DIR", default="runs", help="for the plot and the JSON (default runs)")
 
     options = parse_with_recipe(parser, arguments)
-    options.optimizer = list(dict.fromkeys(options.optimizer))
+    options.optimizer = with_ascents(parser, options)
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
     if options.data_path is not None and options.data not in ("cifar10", "cifar100", "imagenet"):
@@ -99,6 +113,27 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.label_noise is None:
         options.label_noise = 0.4 if options.data == "digits" else 0.0
     return options
+
+
+def default_radii() -> str:
+    one_pass = [f"{name} {DEFAULT_RHOS[ascent]}" for name, ascent in ONE_PASS.items()]
+    return "; ".join([f"{DEFAULT_RHO}", f"asam {DEFAULT_RHO_ASAM}", *one_pass])
+
+
+def with_ascents(parser: Parser, options: argparse.Namespace) -> list[str]:
+    """The names in --optimizer, each once, with a name for each --ascent in the place of "esam"."""
+    if options.ascent != ["current"] and "esam" not in options.optimizer:
+        parser.error("--ascent is for --optimizer esam")
+    names = {"current": "esam", **{ascent: name for name, ascent in ONE_PASS.items()}}
+    esam = [names[ascent] for ascent in options.ascent]
+    found = list(dict.fromkeys(each for name in options.optimizer for each in (esam if name == "esam" else [name])))
+    if options.recipe and set(found) & set(ONE_PASS):
+        parser.error(f"--recipe holds rho, beta and gamma for two passes: not for {' and '.join(ONE_PASS)}")
+    if options.gamma not in (None, 1.0) and set(found) & set(ONE_PASS) and not set(found) & {"esam", "esam-sds"}:
+        parser.error(
+            f"--gamma {options.gamma} needs two looks at the batch, and {' and '.join(ONE_PASS)} take one: leave it out"
+        )
+    return found
 
 
 def positive_int(text: str) -> int:
@@ -149,7 +184,8 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
     last = images % size or size
     if options.micro_batch:
         last = last % options.micro_batch or options.micro_batch
-    smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
+    shares = [gamma_of(name, options) for name in options.optimizer]
+    smallest = min((num_selected(gamma, last) for gamma in shares if 0.0 < gamma <= 1.0), default=last)
     if smallest == 1 and needs_two_images(options.model, data.image_shape[1]):
         thing = "digit" if options.data == "digits" else "image"
         raise UserError(f"--batch-size {options.batch_size} leaves {options.model} with a batch of one {thing}")

@@ -16,18 +16,26 @@ from models import build_model
 from torch import Tensor
 
 from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm, make_graphed_step
+from esam_kernels.ascent import DEFAULT_RHO as DEFAULT_RHOS
 from esam_kernels.schedules import LinearSchedule
 
-OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds")
+# ESAM with one pass a step, and its ascent.
+ONE_PASS = {"esam-previous": "previous", "esam-momentum": "momentum"}
+OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds", *ONE_PASS)
 # The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
-DEFAULT_RHO = 0.05
+DEFAULT_RHO = DEFAULT_RHOS["current"]
 DEFAULT_RHO_ASAM = 0.5
+DEFAULT_BETA, DEFAULT_GAMMA = 0.6, 0.5
 # Pixels a channel in a batch of the evaluation: bounds its memory, and has no effect on the result.
 EVALUATION_PIXELS = 1000 * 32 * 32
 
 
 def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD, or SGD within SAM or ESAM; ``esam-swp`` and ``esam-sds`` are ESAM with one of its two parts."""
+    """SGD, or SGD within SAM or ESAM.
+
+    ``esam-swp`` and ``esam-sds`` are ESAM with one of its two parts, ``esam-previous`` and ``esam-momentum`` ESAM with
+    one pass a step.
+    """
     sgd = {"lr": options.lr, "momentum": options.momentum, "weight_decay": options.weight_decay}
     params = model.parameters()
     if name == "sgd":
@@ -36,16 +44,33 @@ def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespa
         default = DEFAULT_RHO if name == "sam" else DEFAULT_RHO_ASAM
         rho = default if options.rho is None else options.rho
         return SAM(params, torch.optim.SGD, rho=rho, adaptive=name == "asam", model=model, **sgd)
+    ascent = ONE_PASS.get(name, "current")
     return ESAM(
         params,
         torch.optim.SGD,
-        rho=DEFAULT_RHO if options.rho is None else options.rho,
-        beta=1.0 if name == "esam-sds" else options.beta,
-        gamma=1.0 if name == "esam-swp" else options.gamma,
+        rho=DEFAULT_RHOS[ascent] if options.rho is None else options.rho,
+        beta=beta_of(name, options),
+        gamma=gamma_of(name, options),
         mask=options.mask,
+        ascent=ascent,
         model=model,
         **sgd,
     )
+
+
+def beta_of(name: str, options: argparse.Namespace) -> float:
+    """Without an option one pass perturbs all weights: it has no first backward pass that could be shortened."""
+    if name == "esam-sds":
+        return 1.0
+    default = 1.0 if name in ONE_PASS else DEFAULT_BETA
+    return default if options.beta is None else options.beta
+
+
+def gamma_of(name: str, options: argparse.Namespace) -> float:
+    """Selecting data takes two passes."""
+    if name in ("esam", "esam-sds"):
+        return DEFAULT_GAMMA if options.gamma is None else options.gamma
+    return 1.0
 
 
 class Trainer:
@@ -57,17 +82,21 @@ class Trainer:
         memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.data = replace(data, memory_format=memory_format) if options.channels_last else data
         torch.manual_seed(seed)
-        channels, size = data.image_shape[:2]
         try:
-            self.model = build_model(options.model, channels, size, data.classes)
+            self.model = self._network()
             self.model.to(self.device, memory_format=memory_format)
             self.optimizer = build_optimizer(name, self.model, options)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: {error}") from None
         self._sharpness_aware_step: Callable[..., Tensor] | None = None
         self.gamma_schedule = self._gamma_schedule()
+        self.rho_schedule = self._rho_schedule()
         self.lr_schedule = self._lr_schedule()
         self.history: list[dict[str, float]] = []
+
+    def _network(self) -> torch.nn.Module:
+        channels, size = self.data.image_shape[:2]
+        return build_model(self.options.model, channels, size, self.data.classes)
 
     def _gamma_schedule(self) -> LinearSchedule | None:
         """gamma from 1 down to its value over the share ``gamma_warmup`` of all steps."""
@@ -75,6 +104,13 @@ class Trainer:
         if not isinstance(self.optimizer, ESAM) or self.optimizer.gamma == 1.0 or steps == 0:
             return None
         return LinearSchedule(self.optimizer, "gamma", 1.0, self.optimizer.gamma, total_iters=steps)
+
+    def _rho_schedule(self) -> LinearSchedule | None:
+        """rho from 0 up to its value over the share ``rho_warmup`` of all steps."""
+        steps = round(self.options.rho_warmup * self.options.epochs * self.steps_per_epoch)
+        if not isinstance(self.optimizer, ESAM) or steps == 0:
+            return None
+        return LinearSchedule(self.optimizer, "rho", 0.0, self.optimizer.param_groups[0]["rho"], total_iters=steps)
 
     def _lr_schedule(self) -> torch.optim.lr_scheduler.LRScheduler | None:
         options = self.options
@@ -109,10 +145,9 @@ class Trainer:
             loss = self.losses(images, labels).mean()
             loss.backward()
             self.optimizer.step()
-        if self.gamma_schedule is not None:
-            self.gamma_schedule.step()
-        if self.lr_schedule is not None:
-            self.lr_schedule.step()
+        for schedule in (self.gamma_schedule, self.rho_schedule, self.lr_schedule):
+            if schedule is not None:
+                schedule.step()
         return loss.detach()
 
     def train_epoch(self, on_step: Callable[[], Any] = lambda: None) -> None:
@@ -186,7 +221,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on; the random state follows from the seed and the epoch."""
         parts = {"model": self.model, "optimizer": self.optimizer}
-        schedules = {"gamma_schedule": self.gamma_schedule, "lr_schedule": self.lr_schedule}
+        schedules = {name: getattr(self, name) for name in ("gamma_schedule", "rho_schedule", "lr_schedule")}
         parts |= {name: schedule for name, schedule in schedules.items() if schedule is not None}
         return {"history": self.history, **{name: part.state_dict() for name, part in parts.items()}}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from data import DataSet
 from torch import Tensor
-from trainer import Trainer
+from trainer import Trainer, beta_of, gamma_of
 
 from benchmarks.paper.experiment import Settings, Unit
 from benchmarks.paper.training import train_and_measure
@@ -33,6 +34,12 @@ def recipe(settings: Settings, data: str) -> tuple[list[str], int | None]:
     small_limit = None if data == "digits" else SMALL_CIFAR
     words = settings.with_epochs([*words, "--gamma-warmup", "0"])
     return words, settings.choose(smoke=256, small=small_limit, paper=None)
+
+
+def shares_of(options: argparse.Namespace) -> dict[str, float]:
+    """rho, beta and gamma of a training with ESAM."""
+    rho = 0.05 if options.rho is None else options.rho
+    return {"rho": rho, "beta": beta_of("esam", options), "gamma": gamma_of("esam", options)}
 
 
 def probed_batches(trainer: Trainer) -> list[tuple[Tensor, Tensor]]:

@@ -112,3 +112,24 @@ def test_a_study_block_shows_mean_and_spread_of_each_optimizer(tmp_path):
     assert "| sam | 91.3 +- 1.2 |" in text
     assert "99" not in text
     assert "3 seeds; torch 2.13.0, commit 0123456789." in text
+
+
+def test_a_block_of_radii_shows_the_gain_over_sgd_with_the_number_of_seeds(tmp_path):
+    common = {"stage": "tune", "task": "digits", "rho": None, "rho_warmup": 0.0, "seeds": 5}
+    rows = [
+        {**common, "optimizer": "sam", "over_sgd": 1.25},
+        {**common, "optimizer": "esam-previous", "rho": 0.1, "over_sgd": -0.75, "seeds": 3},
+        {**common, "optimizer": "esam-previous", "rho": 0.05, "over_sgd": 2.0},
+        {**common, "optimizer": "esam-previous", "rho": 0.05, "over_sgd": 9.0, "stage": "report"},
+        {**common, "optimizer": "esam-previous", "rho": 0.1, "over_sgd": 0.5, "rho_warmup": 0.25},
+    ]
+    study = {"rows": rows, "environment": {"torch": ["2.13.0"], "commit": ["0123456789abcdef", "abc"]}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    text = readme.rendered("<!-- study:study esam-previous -->\n<!-- /study -->", tmp_path)
+    assert "| points over SGD | 0.05 | 0.1 | SAM |" in text
+    assert "| digits | +2.0 (5) | -0.8 (3) | +1.2 (5) |" in text
+    assert "| digits, warm-up of rho |  | +0.5 (5) |  |" in text
+    assert "torch 2.13.0, commit 0123456789, abc." in text
+    assert readme.rendered(text, tmp_path) == text
+    with pytest.raises(ValueError, match="no rows of 'esam-momentum'"):
+        readme.rendered(text.replace("esam-previous", "esam-momentum"), tmp_path)

@@ -24,6 +24,7 @@ from training import (
     losses_of,
     shard,
     train_alone,
+    train_on_joined_batches,
     train_on_ranks,
     weights,
     wrap,
@@ -34,6 +35,7 @@ from esam_kernels import ESAM
 STEPS = 6
 # Selection goes by rank: with it, one process and two would train on different samples.
 EVERY_SAMPLE = {"gamma": 1.0}
+PREVIOUS = {"ascent": "previous", "beta": 1.0, **EVERY_SAMPLE}
 KINDS = {"ddp": wrap, "fsdp": shard, "plain": lambda model: model}
 
 
@@ -80,6 +82,8 @@ def _go_on(kind: str, options: dict[str, Any], flatten: bool, folder: str) -> li
         pytest.param(("fsdp", 2), ("fsdp", 1), {**SGD, **TENSOR}, True, id="fsdp-2-to-1-tensor-flattened"),
         pytest.param(("fsdp", 1), ("fsdp", 2), {**SGD, **TENSOR}, True, id="fsdp-1-to-2-tensor-flattened"),
         pytest.param(("fsdp", 2), ("plain", 1), {**ADAMW, **TENSOR}, False, id="fsdp-2-to-plain"),
+        pytest.param(("fsdp", 2), ("fsdp", 1), {**SGD, **PREVIOUS}, False, id="fsdp-2-to-1-previous"),
+        pytest.param(("plain", 1), ("fsdp", 2), {**ADAMW, **PREVIOUS}, False, id="plain-to-fsdp-previous"),
         pytest.param(("plain", 1), ("ddp", 2), {**SGD, **ELEMENT, "sync_perturbation": True}, False, id="plain-to-ddp"),
     ],
 )
@@ -90,7 +94,8 @@ def test_resharded_state_goes_on_with_the_same_numbers(
     run_ranks(_save, saved[0], options, flatten, str(tmp_path), ranks=saved[1])
     got = run_ranks(_go_on, loaded[0], options, flatten, str(tmp_path), ranks=loaded[1])
     options.pop("sync_perturbation", None)
-    assert_same(got, train_alone(options, STEPS), atol=1e-6)
+    alone = train_on_joined_batches if "ascent" in options else train_alone
+    assert_same(got, alone(options, STEPS), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -10,6 +10,7 @@ import train
 import trainer
 
 from esam_kernels import ESAM, SAM
+from esam_kernels.ascent import ASCENTS, DEFAULT_RHO
 
 pytest.importorskip("sklearn")
 
@@ -39,6 +40,8 @@ def test_default_path_prints_the_table_and_writes_plot_and_json(tmp_path, capsys
         ("esam", ESAM, {"rho": 0.05, "beta": 0.6, "gamma": 0.5}),
         ("esam-swp", ESAM, {"rho": 0.05, "beta": 0.6, "gamma": 1.0}),
         ("esam-sds", ESAM, {"rho": 0.05, "beta": 1.0, "gamma": 0.5}),
+        ("esam-previous", ESAM, {"rho": DEFAULT_RHO["previous"], "beta": 1.0, "gamma": 1.0}),
+        ("esam-momentum", ESAM, {"rho": DEFAULT_RHO["momentum"], "beta": 1.0, "gamma": 1.0}),
     ],
 )
 def test_optimizer_is_what_its_name_says(name, kind, expected):
@@ -47,6 +50,40 @@ def test_optimizer_is_what_its_name_says(name, kind, expected):
     (group,) = optimizer.param_groups
     assert {key: group[key] if key in group else getattr(optimizer, key) for key in expected} == expected
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ([], ["sgd", "sam", "esam"]),
+        (["--ascent", "previous"], ["sgd", "sam", "esam-previous"]),
+        (
+            ["--ascent", "current", "previous", "momentum"],
+            ["sgd", "sam", "esam", "esam-previous", "esam-momentum"],
+        ),
+        (["--optimizer", "esam-momentum", "sgd"], ["esam-momentum", "sgd"]),
+        (["--optimizer", "esam", "esam-previous", "--gamma", "0.3"], ["esam", "esam-previous"]),
+        (["--optimizer", "esam-previous", "--gamma", "1"], ["esam-previous"]),
+    ],
+    ids=" ".join,
+)
+def test_each_ascent_has_a_row(arguments, rows):
+    assert train.parse_options(arguments).optimizer == rows
+
+
+@pytest.mark.parametrize("ascent", ["previous", "momentum"])
+def test_one_pass_looks_once_at_each_batch_along_its_ascent(ascent, tiny, monkeypatch):
+    options = train.parse_options([*tiny, "--ascent", ascent, "--rho", "0.1", "--beta", "0.9"])
+    data = train.load("digits", limit=150)
+    running = trainer.Trainer(options.optimizer[-1], 0, data, options)
+    calls = []
+    losses = running.losses
+    monkeypatch.setattr(running, "losses", lambda *batch: calls.append(len(batch[0])) or losses(*batch))
+    running.train_epoch()
+    assert calls == [64, 64, 22]
+    optimizer = running.optimizer
+    assert (optimizer.param_groups[0]["rho"], optimizer.beta, running.gamma_schedule) == (0.1, 0.9, None)
+    assert type(optimizer._perturbation.ascent) is ASCENTS[ascent]
 
 
 @pytest.mark.parametrize("name", trainer.OPTIMIZERS)
@@ -80,6 +117,17 @@ def test_gamma_falls_from_one_over_the_share_of_the_training():
         gammas.append(esam.optimizer.gamma)
         esam.train_epoch()
     assert gammas == [1.0, 0.75, 0.5, 0.5]
+
+
+def test_rho_rises_from_zero_over_the_share_of_the_training():
+    arguments = ["--epochs", "4", "--limit", "128", "--rho", "0.2", "--rho-warmup", "0.5", "--ascent", "momentum"]
+    options = train.parse_options(arguments)
+    momentum = trainer.Trainer("esam-momentum", 0, train.load("digits", limit=128), options)
+    radii = []
+    while len(momentum.history) < 4:
+        radii.append(momentum.optimizer.param_groups[0]["rho"])
+        momentum.train_epoch()
+    assert radii == [0.0, 0.1, 0.2, 0.2]
 
 
 def test_optimizers_beside_each_other_do_not_disturb_one_another(tiny):
@@ -188,6 +236,15 @@ def run_expecting_an_error(arguments, tmp_path, capsys):
         (["--optimizer", "adam"], "invalid choice: 'adam'"),
         (["--optimizer", "esam", "--beta", "0"], "beta must lie in (0, 1]"),
         (["--optimizer", "esam", "--gamma", "1.5"], "gamma must lie in (0, 1]"),
+        (["--ascent", "momentum", "--gamma", "0.5"], "--gamma 0.5 needs two looks at the batch"),
+        (["--optimizer", "esam-previous", "--gamma", "0.5"], "esam-previous and esam-momentum take one"),
+        (
+            ["--recipe", "cifar10-resnet18-esam", "--ascent", "momentum"],
+            "--recipe holds rho, beta and gamma for two passes",
+        ),
+        (["--ascent", "momentum", "--momentum", "0"], "needs a base optimizer with momentum"),
+        (["--ascent", "previous", "--optimizer", "sgd"], "--ascent is for --optimizer esam"),
+        (["--ascent", "sideways"], "invalid choice: 'sideways'"),
         (["--rho", "-1"], "--rho: -1 is not 0 or more"),
         (["--lr", "-1", "--optimizer", "sgd"], "Invalid learning rate: -1"),
         (["--label-noise", "2"], "--label-noise: 2 does not lie in [0, 1]"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from esam_kernels import ESAM, cross_entropy
+from esam_kernels import ESAM, SAM, cross_entropy
+from esam_kernels.ascent import DEFAULT_RHO
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.arange(24) % 5
@@ -169,6 +171,30 @@ def test_resume_gives_the_same_bits(ascent, mask, base, tmp_path):
     assert torch.equal(weights(model), weights(undisturbed))
 
 
+@pytest.mark.parametrize("base", [SGD, ADAMW, (torch.optim.SGD, {"lr": 0.05})], ids=["sgd", "adamw", "no momentum"])
+def test_the_state_holds_the_last_gradient_and_loads_into_the_plain_optimizer(base):
+    model = build()
+    optimizer = one_pass(model, "previous", base)
+    run(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    history = optimizer._perturbation.ascent._history
+    assert all(saved["state"][i]["previous_gradient"] is last for i, last in history.items())
+    assert not any("previous_gradient" in state for state in optimizer.base_optimizer.state_dict()["state"].values())
+    loaded = one_pass(build(), "previous", base)
+    loaded.load_state_dict(saved)
+    assert all(map(torch.equal, loaded._perturbation.ascent._history.values(), history.values()))
+    assert loaded.base_optimizer.state_dict()["state"].keys() == optimizer.base_optimizer.state_dict()["state"].keys()
+    plain_model = build()
+    plain_model.load_state_dict(model.state_dict())
+    plain = base[0](plain_model.parameters(), **base[1])
+    plain.load_state_dict(copy.deepcopy(saved))
+    for weight, other in zip(plain_model.parameters(), model.parameters()):
+        weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
+    plain.step()
+    optimizer.base_optimizer.step()
+    assert torch.equal(weights(plain_model), weights(model))
+
+
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_a_copy_goes_on_by_itself(ascent):
     model = build()
@@ -202,6 +228,19 @@ def test_a_gradient_that_the_user_keeps_is_not_written_over():
     assert all(map(torch.equal, kept, values))
 
 
+def test_the_last_gradient_is_kept_where_autograd_put_it():
+    model = build()
+    optimizer = one_pass(model, "previous")
+    run(model, optimizer, 1)
+    addresses = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: addresses.append(param.grad.data_ptr()))
+    run(model, optimizer, 1)
+    kept = [last.data_ptr() for last in optimizer._perturbation.ascent._history.values()]
+    assert sorted(kept) == sorted(addresses)
+    assert all(param.grad is None for param in model.parameters())
+
+
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_micro_batches_share_one_perturbation(ascent):
     whole, parts = build(), build()
@@ -216,6 +255,26 @@ def test_batch_norm_moves_once_a_step():
     model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).double()
     run(model, one_pass(model, "momentum", model=model), 3)
     assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("current", 0.05), ("previous", 0.05), ("momentum", 1.0)])
+def test_without_a_rho_each_ascent_takes_its_own(ascent, rho):
+    assert DEFAULT_RHO[ascent] == rho
+    model = build()
+    options = {"gamma": 1.0, "ascent": ascent, **SGD[1]}
+    first, second = (list(part.parameters()) for part in (model[0], model[2]))
+    for kind in (ESAM, SAM):
+        arguments = {name: value for name, value in options.items() if kind is ESAM or name != "gamma"}
+        optimizer = kind([{"params": first}, {"params": second, "rho": 0.2}], SGD[0], **arguments)
+        assert [group["rho"] for group in optimizer.param_groups] == [rho, 0.2]
+        assert optimizer.defaults["rho"] == rho
+    given = ESAM(build().parameters(), SGD[0], rho=0.05, **options)
+    assert given.param_groups[0]["rho"] == 0.05
+
+
+def test_the_signature_says_the_papers_rho():
+    for kind in (ESAM, SAM):
+        assert inspect.signature(kind).parameters["rho"].default == 0.05
 
 
 @pytest.mark.parametrize("ascent", ASCENTS)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esam_kernels import ops
 from esam_kernels.backends import ENVIRONMENT_VARIABLE, load, resolve, unavailable
+from esam_kernels.ops import registration
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -152,3 +154,42 @@ def test_the_environment_chooses_the_backend_and_the_argument_goes_before_it(mon
     assert resolve("reference", torch.device("cpu")) is load("reference")
     with pytest.raises(ValueError, match="nonsense"):
         resolve("", torch.device("cpu"))
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_operators_are_seen_by_who_looks_on():
+    arguments = samples()["norm_partials"]
+    with torch.no_grad():
+        expected = ops.norm_partials(*arguments)
+        with Watching() as watching:
+            assert torch.equal(ops.norm_partials(*arguments), expected)
+        with torch.profiler.profile() as profiled:
+            assert torch.equal(ops.norm_partials(*arguments), expected)
+    assert "esam_kernels::norm_partials" in watching.seen
+    assert "esam_kernels::norm_partials" in {event.key for event in profiled.key_averages()}
+
+
+def test_operators_go_without_the_dispatcher_where_nobody_looks_on():
+    seen = []
+
+    def look(x):
+        seen.append(registration._nobody_looks_on())
+        return x
+
+    look(None)
+    with torch.no_grad():
+        look(None)
+        with Watching():
+            look(None)
+        torch.vmap(look)(torch.zeros(2))
+        torch.jit.trace(look, torch.zeros(2), check_trace=False)
+    assert seen == [False, True, False, False, False]

@@ -34,7 +34,7 @@ CLAIMS = (
 def measure(trainer: Trainer) -> list[Row]:
     """The four losses, as means over the batches, for ESAM's perturbation and selection."""
     options = trainer.options
-    shares = {"rho": 0.05 if options.rho is None else options.rho, "beta": options.beta, "gamma": options.gamma}
+    shares = curves.shares_of(options)
     batches = curves.probed_batches(trainer)
     found = [split_losses(trainer.model, trainer.losses, *batch, **shares, mask=options.mask) for batch in batches]
     means = {name: statistics.mean(getattr(losses, name) for losses in found) for name in SplitLosses._fields}

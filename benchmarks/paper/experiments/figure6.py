@@ -29,7 +29,7 @@ PAPER = {
 def measure(trainer: Trainer) -> list[Row]:
     """The three cosines at w + e, as means over the batches; a batch in which a gradient is 0 has none."""
     options = trainer.options
-    shares = {"rho": 0.05 if options.rho is None else options.rho, "beta": options.beta, "gamma": options.gamma}
+    shares = curves.shares_of(options)
     found = []
     for number, batch in enumerate(curves.probed_batches(trainer)):
         more = {"mask": options.mask, "seed": len(trainer.history) * 1000 + number}

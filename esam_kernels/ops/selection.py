@@ -1,0 +1,259 @@
+"""Operators of Sharpness-sensitive Data Selection (section 2.3): losses per sample, selection, gathering.
+
+They carry no autograd, except for the functions ``cross_entropy``, ``gather_rows`` and ``select_rows`` made of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esam_kernels.backends import reference, resolve
+from esam_kernels.backends.reference import compute_dtype
+from esam_kernels.ops.registration import check, direct, register
+
+
+def _check_cross_entropy(logits: Tensor, target: Tensor) -> None:
+    check(
+        logits.dim() == 2 and logits.is_floating_point(),
+        lambda: f"logits must be floating point (rows, classes), got {logits.dtype} {tuple(logits.shape)}",
+    )
+    expected = tuple(logits.shape) if target.is_floating_point() else tuple(logits.shape[:1])
+    check(
+        (target.is_floating_point() or target.dtype == torch.int64) and tuple(target.shape) == expected,
+        lambda: (
+            "target must be int64 (rows,) or floating point (rows, classes), got "
+            f"{target.dtype} {tuple(target.shape)} for logits {tuple(logits.shape)}"
+        ),
+    )
+
+
+def _cross_entropy_forward(
+    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int, backend: str = ""
+) -> tuple[Tensor, Tensor]:
+    _check_cross_entropy(logits, target)
+    losses, lse = resolve(backend, logits.device).cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+    return losses, lse
+
+
+def _fake_cross_entropy_forward(logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+
+
+cross_entropy_forward = register(
+    "cross_entropy_forward(Tensor logits, Tensor target, float label_smoothing, int ignore_index, *, "
+    "str backend='') -> (Tensor, Tensor)",
+    _cross_entropy_forward,
+    _fake_cross_entropy_forward,
+)
+"""Per-row losses and log-sum-exp of (rows, classes) logits, float32 (float64 for float64), shape (rows,) each.
+
+``target`` holds class indices, int64 (rows,), or class probabilities, floating point (rows, classes).
+"""
+
+
+def _cross_entropy_backward(
+    grad_losses: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    backend: str = "",
+) -> Tensor:
+    _check_cross_entropy(logits, target)
+    gradient: Tensor = resolve(backend, logits.device).cross_entropy_backward(
+        grad_losses, logits, target, lse, label_smoothing, ignore_index
+    )
+    return gradient
+
+
+cross_entropy_backward = register(
+    "cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor lse, float label_smoothing, "
+    "int ignore_index, *, str backend='') -> Tensor",
+    _cross_entropy_backward,
+    lambda grad_losses, logits, *_, **__: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+"""The gradient of the losses with respect to the logits, contiguous (rows, classes), in the logits' dtype."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
+        losses, lse = cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+        return losses, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, target, ctx.label_smoothing, ctx.ignore_index = inputs
+        ctx.save_for_backward(logits, target, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        logits, target, lse = ctx.saved_tensors
+        arguments = (ctx.label_smoothing, ctx.ignore_index)
+        if torch.is_grad_enabled():
+            # Somebody wants a second derivative: the reference is made of operators that have one.
+            lse = torch.logsumexp(logits.to(lse.dtype), dim=1)
+            gradient = reference.cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+        else:
+            gradient = cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+        return gradient, None, None, None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+    """The losses of ``cross_entropy_forward``, twice differentiable with respect to the logits."""
+    arguments = (logits, target, label_smoothing, ignore_index)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        losses: Tensor = cross_entropy_forward(*arguments)[0]
+    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        losses = _CrossEntropy.apply(*arguments)[0]
+    else:
+        # What apply() does then, without binding the arguments to a signature first: half the time of a small batch.
+        losses = super(torch.autograd.Function, _CrossEntropy).apply(*arguments)[0]
+    return losses
+
+
+def _select(loss_before: Tensor, loss_after: Tensor, k: int, backend: str = "") -> Tensor:
+    for name, losses in (("loss_before", loss_before), ("loss_after", loss_after)):
+        check(
+            losses.dim() == 1 and losses.is_floating_point(),
+            lambda: f"{name} must hold one loss per sample, shape (b,), got {losses.dtype} {tuple(losses.shape)}",
+        )
+    check(
+        loss_before.shape == loss_after.shape,
+        lambda: f"loss_before has {loss_before.shape[0]} samples, loss_after has {loss_after.shape[0]}",
+    )
+    check(1 <= k <= loss_before.shape[0], lambda: f"k must lie in [1, {loss_before.shape[0]}], got {k}")
+    indices: Tensor = resolve(backend, loss_before.device).select(loss_before, loss_after, k)
+    return indices
+
+
+select = register(
+    "select(Tensor loss_before, Tensor loss_after, int k, *, str backend='') -> Tensor",
+    _select,
+    lambda loss_before, loss_after, k, backend="": loss_before.new_empty(k, dtype=torch.int64),
+)
+"""The k samples with the largest loss_after - loss_before (Eq. 6): ascending int64 indices (k,).
+
+Ties go to the lower index, NaN ranks last, -0.0 equals 0.0. Nothing waits for the device.
+"""
+
+
+def _gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
+    check(
+        indices.dim() == 1 and indices.dtype == torch.int64,
+        lambda: f"indices must be int64 (k,), got {indices.dtype} {tuple(indices.shape)}",
+    )
+    for i, tensor in enumerate(tensors):
+        check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    rows: list[Tensor] = resolve(backend, indices.device).gather(tensors, indices)
+    return rows
+
+
+def _fake_gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
+    return reference.gather(tensors, indices)
+
+
+gather = register("gather(Tensor[] tensors, Tensor indices, *, str backend='') -> Tensor[]", _gather, _fake_gather)
+"""The rows ``indices`` of each tensor: any dtype, batch in front, memory format kept."""
+
+
+def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
+    """The rows ``indices`` of each tensor, differentiable with respect to the tensors."""
+    shortcut = direct(backend, indices.device)
+    if shortcut and (gathered := shortcut.gather(tensors, indices)) is not None:
+        return gathered  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return reference.gather(tensors, indices)
+    rows: list[Tensor] = gather(tensors, indices, backend=backend)
+    return rows
+
+
+def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int) -> None:
+    """Losses (b,), or beside a target logits (b, C), of the weights before and after."""
+    for name, values in (("before", before), ("after", after)):
+        if target is not None and values.dim() == 2:
+            _check_cross_entropy(values, target)
+            continue
+        check(
+            values.dim() == 1 and values.is_floating_point(),
+            lambda: (
+                f"{name} must hold one loss per sample, shape (b,), or with a target logits (b, classes), "
+                f"got {values.dtype} {tuple(values.shape)}"
+            ),
+        )
+    samples = before.shape[0]
+    check(after.shape[0] == samples, lambda: f"before has {samples} samples, after has {after.shape[0]}")
+    check(1 <= k <= samples, lambda: f"k must lie in [1, {samples}], got {k}")
+
+
+def _select_gather(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> tuple[Tensor, list[Tensor]]:
+    _check_looks(before, after, target, k)
+    for i, tensor in enumerate(tensors):
+        check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    module = resolve(backend, after.device)
+    in_one_launch = getattr(module, "losses_select_gather", None)
+    if in_one_launch is not None:
+        _, _, indices, rows = in_one_launch(before, after, k, tensors, target, label_smoothing, ignore_index)
+        return indices, rows
+    losses = [
+        module.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0] if values.dim() == 2 else values
+        for values in (before, after)
+    ]
+    indices = module.select(*losses, k)
+    return indices, module.gather(tensors, indices)
+
+
+def _fake_select_gather(
+    before: Tensor, after: Tensor, tensors: list[Tensor], k: int, *_: Any, **__: Any
+) -> tuple[Tensor, list[Tensor]]:
+    indices = after.new_empty(k, dtype=torch.int64)
+    return indices, reference.gather(tensors, indices)
+
+
+select_gather = register(
+    "select_gather(Tensor before, Tensor after, Tensor[] tensors, int k, Tensor? target=None, "
+    "float label_smoothing=0.0, int ignore_index=-100, *, str backend='') -> (Tensor, Tensor[])",
+    _select_gather,
+    _fake_select_gather,
+)
+"""What ``select`` returns for the losses ``before`` and ``after``, (b,), and the rows of ``tensors`` that it names.
+
+With ``target`` either may be logits (b, C) in place of losses. One launch where the backend has one (cuda).
+"""
+
+
+def select_rows(
+    before: Tensor,
+    after: Tensor,
+    tensors: list[Tensor],
+    k: int,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "",
+) -> list[Tensor]:
+    """The rows that ``select_gather`` returns, differentiable with respect to the tensors."""
+    shortcut = direct(backend, after.device) if target is None else None
+    if shortcut and (indices := shortcut.select(before, after, k)) is not None:
+        return gather_rows(tensors, indices, backend)
+    arguments = (k, target, label_smoothing, ignore_index)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        indices, _ = select_gather(before, after, [], *arguments, backend=backend)
+        return reference.gather(tensors, indices)
+    rows: list[Tensor] = select_gather(before, after, tensors, *arguments, backend=backend)[1]
+    return rows
