@@ -21,9 +21,9 @@ from esam_kernels.selection import num_selected
 
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 WARM_UP = "esam"
-# What is trained, and how: options of train.py. The warm-up of gamma is its default.
-TRAINED = CASES[0.4]
 LABELS = {"sgd": "SGD", "sam": "SAM", WARM_UP: "ESAM, gamma warm-up", CONSTANT_GAMMA: "ESAM, constant gamma"}
+# What is trained, and how: options of train.py. The warm-up of gamma is its default.
+TRAINED = {case: CASES[0.4][case] for case in LABELS}
 PAPER_OPTIONS = "--model resnet18 --epochs 200 --batch-size 128 --lr-schedule cosine"
 # Images of which it is looked up, after every fifth epoch, which of them SDS would choose.
 PROBED_IMAGES, PROBED_EVERY = 512, 5
