@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from data import DataSet, with_label_noise
 from digits_study import CASES, CONSTANT_GAMMA, FIRST_SEED
-from trainer import Trainer
+from trainer import Trainer, gamma_of
 
 from benchmarks.paper import plotting
 from benchmarks.paper.experiment import Claim, Experiment, Settings, Unit
@@ -80,7 +80,7 @@ def wrong_share_of_selected(trainer: Trainer, wrong: torch.Tensor) -> float:
             with torch.no_grad():
                 after = trainer.losses(images, labels)
             probe.restore()
-            indices = select(before.detach(), after, num_selected(trainer.options.gamma, len(labels)))
+            indices = select(before.detach(), after, num_selected(gamma_of("esam", trainer.options), len(labels)))
             chosen.append(wrong[start : start + len(labels)][indices])
             start += len(labels)
     return torch.cat(chosen).float().mean().item()
