@@ -53,8 +53,8 @@ class Trainer:
         self.device = data.train_images.device
         torch.manual_seed(seed)
         channels, size = data.train_images.shape[1:3]
-        self.model = build_model(options.model, channels, size, data.classes).to(self.device)
         try:
+            self.model = build_model(options.model, channels, size, data.classes).to(self.device)
             self.optimizer = build_optimizer(name, self.model, options)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: {error}") from None
