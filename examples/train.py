@@ -121,7 +121,7 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
         raise UserError(f"--batch-size {options.batch_size} is larger than the training set, {images} images")
     last = images % options.batch_size or options.batch_size
     smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
-    if smallest == 1 and needs_two_images(options.model, data.train_images.shape[2]):
+    if smallest == 1 and needs_two_images(options.model, data.image_shape[1]):
         thing = "digit" if options.data == "digits" else "image"
         raise UserError(f"--batch-size {options.batch_size} leaves {options.model} with a batch of one {thing}")
 
