@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from checkpoint import FILE, load_checkpoint, save_checkpoint
 from data import DATA_SETS, DataSet, UserError, load, with_label_noise
-from models import MODELS
+from models import MODELS, needs_two_images
 from progress import Progress
 from report import Result, plot, summarise, table, write_json
 from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, OPTIMIZERS, Trainer
@@ -121,8 +121,9 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
         raise UserError(f"--batch-size {options.batch_size} is larger than the training set, {images} images")
     last = images % options.batch_size or options.batch_size
     smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
-    if options.model == "resnet18" and options.data == "digits" and smallest == 1:
-        raise UserError(f"--batch-size {options.batch_size} leaves resnet18 with a batch of one digit")
+    if smallest == 1 and needs_two_images(options.model, data.image_shape[1]):
+        thing = "digit" if options.data == "digits" else "image"
+        raise UserError(f"--batch-size {options.batch_size} leaves {options.model} with a batch of one {thing}")
 
 
 def train(options: argparse.Namespace) -> list[Result]:

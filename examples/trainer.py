@@ -50,11 +50,11 @@ class Trainer:
 
     def __init__(self, name: str, seed: int, data: DataSet, options: argparse.Namespace) -> None:
         self.name, self.seed, self.data, self.options = name, seed, data, options
-        self.device = data.train_images.device
+        self.device = data.device
         torch.manual_seed(seed)
-        channels, size = data.train_images.shape[1:3]
-        self.model = build_model(options.model, channels, size, data.classes).to(self.device)
+        channels, size = data.image_shape[:2]
         try:
+            self.model = build_model(options.model, channels, size, data.classes).to(self.device)
             self.optimizer = build_optimizer(name, self.model, options)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: {error}") from None
@@ -144,11 +144,10 @@ class Trainer:
         """
         self.model.train()
         probe = SAM(self.model.parameters(), torch.optim.SGD, rho=rho, lr=0.0, flatten=False)
-        rise = torch.zeros((), device=self.device)
-        size = self.options.batch_size
+        rise, samples = torch.zeros((), device=self.device), 0
         with frozen_batch_norm(self.model):
-            for images, labels in zip(self.data.train_images.split(size), self.data.train_labels.split(size)):
-                inputs = self.data.normalised(images)
+            for inputs, labels in self.data.plain_training_batches(self.options.batch_size):
+                samples += len(labels)
                 before = self.losses(inputs, labels)
                 probe.zero_grad()
                 probe.backward(before.mean())
@@ -156,7 +155,7 @@ class Trainer:
                 with torch.no_grad():
                     rise += (self.losses(inputs, labels) - before).sum()
                 probe.restore()
-        return rise.item() / len(self.data.train_labels)
+        return rise.item() / samples
 
     def result(self) -> dict[str, Any]:
         """What the report says about this training."""

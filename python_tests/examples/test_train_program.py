@@ -181,6 +181,7 @@ def run_expecting_an_error(arguments, tmp_path, capsys):
         (["--limit", "10"], "--batch-size 64 is larger than the training set, 10 images"),
         (["--batch-size", "0"], "--batch-size: 0 is not 1 or more"),
         (["--model", "resnet18", "--batch-size", "2"], "a batch of one digit"),
+        (["--model", "vit-s16"], "vit-s16 needs images of a multiple of 16 pixels a side, got 8"),
         (["--device", "cuda:99"], "no such device: cuda:99"),
         (["--device", "nonsense"], "no such device: nonsense"),
         (["--device", "meta"], "no such device: meta"),
