@@ -13,7 +13,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: train test lint format codegen bench gpu gpu-tests gpu-bench doctor clean
+.PHONY: train test lint format codegen bench paper gpu gpu-tests gpu-bench doctor clean
 
 train: $(READY)
 	$(RUN) examples/train.py $(ARGS)
@@ -36,6 +36,12 @@ bench: $(READY)
 	$(RUN) -m benchmarks.run --suite all --device cpu --minutes 5
 	$(RUN) -m benchmarks.readme
 	$(RUN) -m benchmarks.plots
+
+# A table or figure of the paper, or all of them, and docs/reproduction.md: make paper NAME=figure5 ARGS='--data DIR'
+NAME ?= all
+paper: $(READY)
+	$(RUN) -m benchmarks.paper $(NAME) $(ARGS)
+	$(RUN) -m benchmarks.paper report
 
 # On a machine with a CUDA device: builds the extensions in place, runs the GPU tests, compute-sanitizer and the GPU's
 # share of the benchmarks, in under nine minutes, without network. Rows, log and plots: benchmarks/results/<device>/.

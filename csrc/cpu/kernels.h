@@ -24,12 +24,14 @@ struct PerturbScalars {
 struct SgdScalars {
   double lr, momentum, dampening, weight_decay;
   bool first, nesterov, maximize;
+  bool streams = false;  // the weights go past the caches; likewise below
 };
 
 struct AdamScalars {
   double lr, beta1, beta2, eps, weight_decay;
   double step_size, bias_correction2_sqrt;
   bool maximize, decoupled_weight_decay;
+  bool streams = false;
 };
 
 // The pointers of one piece: `backup` may be `grad` itself. Unused ones are null.
@@ -71,6 +73,9 @@ struct Kernels {
                                              void* grad_logits);
 
   void (*philox_words)(uint64_t first_counter, int64_t num_counters, uint64_t step, uint64_t seed, uint32_t* words);
+
+  void (*copy)(void* destination, const void* source, int64_t bytes);
+  void (*stream)(void* destination, const void* source, int64_t bytes);  // a copy past the caches
 };
 
 extern const Kernels kPortableKernels;

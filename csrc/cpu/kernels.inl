@@ -12,6 +12,8 @@ constexpr int kVectorBytes = ESAM_VECTOR_BYTES;
 
 #include "philox.inl"
 
+#include "stream.inl"
+
 #include "norm.inl"
 
 #include "perturb.inl"
@@ -38,6 +40,8 @@ constexpr Kernels make_kernels(const char* name) {
       ESAM_EACH_FLOAT(cross_entropy_forward),
       ESAM_EACH_FLOAT(cross_entropy_backward),
       philox_words,
+      copy,
+      stream,
   };
 }
 

@@ -1,13 +1,21 @@
 #include "perturbation.h"
 
 #include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "isa.h"
 
 namespace esam::cpu {
 namespace {
+
+// From so many bytes of weights on, what a pass writes has left the caches before anybody reads it.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+bool outgrow_caches(const Blocks& blocks) {
+  int64_t bytes = 0;
+  for (const Block& block : blocks) bytes += block.numel * element_size(block.dtype);
+  return bytes >= kStreamBytes;
+}
 
 // Where a chunk begins in a block parallel to the one it was cut from; null in a list that is not used.
 char* at(const Blocks& blocks, const Chunk& chunk) {
@@ -62,14 +70,15 @@ void perturb(const Blocks& params, const Blocks& grads, const Blocks& backups, c
 }
 
 void restore(const Blocks& params, const Blocks& backups) {
+  const auto copy = outgrow_caches(params) ? kernels().stream : kernels().copy;
   Chunks(params).for_each([&](const Chunk& chunk) {
-    const int64_t bytes = chunk.length * element_size(params[chunk.tensor].dtype);
-    std::memmove(at(params, chunk), at(backups, chunk), bytes);
+    copy(at(params, chunk), at(backups, chunk), chunk.length * element_size(params[chunk.tensor].dtype));
   });
 }
 
 void restore_sgd(const Blocks& params, const Blocks& backups, const Blocks& grads, const Blocks& momentum_buffers,
-                 const SgdScalars& scalars) {
+                 SgdScalars scalars) {
+  scalars.streams = outgrow_caches(params);
   const Kernels& isa = kernels();
   Chunks(params).for_each([&](const Chunk& chunk) {
     isa.sgd[params[chunk.tensor].dtype](at(params, chunk), at(backups, chunk), at(grads, chunk),
@@ -81,8 +90,10 @@ void restore_adam(const Blocks& params, const Blocks& backups, const Blocks& gra
                   const Blocks& exp_avg_sqs, const Blocks& max_exp_avg_sqs, const std::vector<float*>& steps,
                   const AdamScalars& scalars) {
   std::vector<AdamScalars> of_tensor(params.size(), scalars);
+  const bool streams = outgrow_caches(params);
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = *steps[i] += 1;
+    of_tensor[i].streams = streams;
     of_tensor[i].step_size = scalars.lr / (1 - std::pow(scalars.beta1, step));
     of_tensor[i].bias_correction2_sqrt = std::pow(1 - std::pow(scalars.beta2, step), 0.5);
   }

@@ -41,7 +41,7 @@ void restore(const Blocks& params, const Blocks& backups);
 
 // `momentum_buffers` is empty at momentum 0.
 void restore_sgd(const Blocks& params, const Blocks& backups, const Blocks& grads, const Blocks& momentum_buffers,
-                 const SgdScalars& scalars);
+                 SgdScalars scalars);
 
 // `steps` are torch's counters, one a tensor, incremented here; `max_exp_avg_sqs` is empty without amsgrad.
 // The step-dependent scalars are filled in for each tensor.

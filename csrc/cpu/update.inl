@@ -2,6 +2,10 @@
 // The operations are those of torch's single-tensor optimizers on vectors, in their order, rounded where they round:
 // after every operation, to the tensors' type; and the scalar of an addition (add, alpha=) before it, to the same.
 
+// Half precision is bound by its conversions, which are slower a line at a time.
+template <typename T>
+constexpr bool kWorthStreaming = kCanStream && std::is_same<T, Compute<T>>::value;
+
 template <typename T>
 inline Compute<T> addition_scalar(double value) {
   return rounded<T>(static_cast<Compute<T>>(value));
@@ -14,35 +18,42 @@ inline Compute<T> decayed(Compute<T> param, T grad, Compute<T> sign, Compute<T> 
   return weight_decay != 0 ? rounded<T>(multiply_add(param, weight_decay, g)) : g;
 }
 
-template <typename T>
+template <typename T, bool kStreams>
 void sgd_plain(T* param, const T* backup, const T* grad, int64_t n, const SgdScalars& scalars) {
   using C = Compute<T>;
   const C sign = scalars.maximize ? -1 : 1, weight_decay = addition_scalar<T>(scalars.weight_decay);
   const C step = addition_scalar<T>(-scalars.lr);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for_each_element<kStreams>(param, n, [=](int64_t i) {
     const C w = load(backup[i]);
-    param[i] = store<T>(multiply_add(decayed<T>(w, grad[i], sign, weight_decay), step, w));
-  }
+    return store<T>(multiply_add(decayed<T>(w, grad[i], sign, weight_decay), step, w));
+  });
 }
 
-template <typename T, bool kFirst, bool kNesterov>
+template <typename T, bool kStreams, bool kFirst, bool kNesterov>
 void sgd_momentum(T* param, const T* backup, const T* grad, T* momentum_buffer, int64_t n, const SgdScalars& scalars) {
   using C = Compute<T>;
   const C sign = scalars.maximize ? -1 : 1, weight_decay = addition_scalar<T>(scalars.weight_decay);
   const C momentum = static_cast<C>(scalars.momentum), lookahead = addition_scalar<T>(scalars.momentum);
   const C share = addition_scalar<T>(1 - scalars.dampening);
   const C step = addition_scalar<T>(-scalars.lr);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for_each_element<kStreams>(param, n, [=](int64_t i) {
     const C w = load(backup[i]);
     C d = decayed<T>(w, grad[i], sign, weight_decay);
     C velocity = d;
     if (!kFirst) velocity = rounded<T>(multiply_add(d, share, rounded<T>(load(momentum_buffer[i]) * momentum)));
     d = kNesterov ? rounded<T>(multiply_add(velocity, lookahead, d)) : velocity;
     momentum_buffer[i] = store<T>(velocity);
-    param[i] = store<T>(multiply_add(d, step, w));
-  }
+    return store<T>(multiply_add(d, step, w));
+  });
+}
+
+template <typename T, bool kStreams>
+void sgd_with(T* w, const T* b, const T* g, T* v, int64_t n, const SgdScalars& scalars) {
+  if (scalars.momentum == 0) return sgd_plain<T, kStreams>(w, b, g, n, scalars);
+  if (scalars.first && scalars.nesterov) return sgd_momentum<T, kStreams, true, true>(w, b, g, v, n, scalars);
+  if (scalars.first) return sgd_momentum<T, kStreams, true, false>(w, b, g, v, n, scalars);
+  if (scalars.nesterov) return sgd_momentum<T, kStreams, false, true>(w, b, g, v, n, scalars);
+  return sgd_momentum<T, kStreams, false, false>(w, b, g, v, n, scalars);
 }
 
 template <typename T>
@@ -52,11 +63,11 @@ void sgd(void* param, const void* backup, const void* grad, void* momentum_buffe
   const T* const b = static_cast<const T*>(backup);
   const T* const g = static_cast<const T*>(grad);
   T* const v = static_cast<T*>(momentum_buffer);
-  if (scalars.momentum == 0) return sgd_plain<T>(w, b, g, n, scalars);
-  if (scalars.first && scalars.nesterov) return sgd_momentum<T, true, true>(w, b, g, v, n, scalars);
-  if (scalars.first) return sgd_momentum<T, true, false>(w, b, g, v, n, scalars);
-  if (scalars.nesterov) return sgd_momentum<T, false, true>(w, b, g, v, n, scalars);
-  return sgd_momentum<T, false, false>(w, b, g, v, n, scalars);
+  if (kWorthStreaming<T> && scalars.streams) {
+    sgd_with<T, kWorthStreaming<T>>(w, b, g, v, n, scalars);
+  } else {
+    sgd_with<T, false>(w, b, g, v, n, scalars);
+  }
 }
 
 // torch.lerp, which takes the end that is nearer as its base.
@@ -65,7 +76,7 @@ inline C lerp(C start, C end, C weight) {
   return weight < C(0.5) ? multiply_add(weight, end - start, start) : multiply_add(weight - 1, end - start, end);
 }
 
-template <typename T, bool kAmsgrad>
+template <typename T, bool kStreams, bool kAmsgrad>
 void adam_with(const AdamPointers& pointers, int64_t n, const AdamScalars& scalars) {
   using C = Compute<T>;
   T* const param = static_cast<T*>(pointers.param);
@@ -82,8 +93,7 @@ void adam_with(const AdamPointers& pointers, int64_t n, const AdamScalars& scala
   const C beta2 = static_cast<C>(scalars.beta2), weight2 = static_cast<C>(1 - scalars.beta2);
   const C eps = addition_scalar<T>(scalars.eps), correction = static_cast<C>(scalars.bias_correction2_sqrt);
   const C step = static_cast<C>(-scalars.step_size);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for_each_element<kStreams>(param, n, [=](int64_t i) {
     const C w = rounded<T>(load(backup[i]) * shrink);
     const C g = decayed<T>(w, grad[i], sign, l2);
     const C mean = rounded<T>(lerp(load(exp_avg[i]), g, weight1));
@@ -98,15 +108,17 @@ void adam_with(const AdamPointers& pointers, int64_t n, const AdamScalars& scala
     }
     const C root = rounded<T>(std::sqrt(square));
     const C denominator = rounded<T>(rounded<T>(root / correction) + eps);
-    param[i] = store<T>(w + step * mean / denominator);
-  }
+    return store<T>(w + step * mean / denominator);
+  });
 }
 
 template <typename T>
 void adam(const AdamPointers& pointers, int64_t n, const AdamScalars& scalars) {
   if (pointers.max_exp_avg_sq != nullptr) {
-    adam_with<T, true>(pointers, n, scalars);
+    adam_with<T, false, true>(pointers, n, scalars);
+  } else if (kWorthStreaming<T> && scalars.streams) {
+    adam_with<T, kWorthStreaming<T>, false>(pointers, n, scalars);
   } else {
-    adam_with<T, false>(pointers, n, scalars);
+    adam_with<T, false, false>(pointers, n, scalars);
   }
 }

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from esam_kernels.diagnostics.probe import Probe, Vector, dot, norm
 
 _NOT_TWICE = ("once_differentiable", "not implemented", "double backward")
+_ERROR_NODE = "torch::autograd::Error"
+_ADVICE = (
+    "the loss cannot be differentiated twice, which a Hessian takes: use operators that can be in place of fused ones "
+    "(esam_kernels.cross_entropy can; for attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH); no torch.compile)"
+)
 
 
 class TopEigenvalue(NamedTuple):
@@ -20,7 +25,7 @@ class TopEigenvalue(NamedTuple):
     eigenvalue: float
     """Of the largest magnitude, with its sign."""
     eigenvector: list[Tensor]
-    """Of norm 1: one tensor for each parameter that trains, in the order of ``model.parameters()``, float32 or wider."""
+    """Of norm 1: a tensor for each parameter that trains, in the order of ``model.parameters()``, float32 or wider."""
     iterations: int
     """Hessian-vector products taken."""
     converged: bool
@@ -83,11 +88,16 @@ class _HessianProduct:
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
+        self._is_checked = False
         self._kept = probe.each_part(self._gradient) if probe.is_one_part else None
 
     def _gradient(self, losses: Tensor) -> tuple[Tensor, ...]:
         loss = losses.sum() / self._probe.samples
-        return _twice(lambda: self._probe.differentiate(loss, create_graph=True))
+        gradient = _twice(lambda: self._probe.differentiate(loss, create_graph=True))
+        if not self._is_checked:
+            _check_graph(gradient)
+            self._is_checked = True
+        return gradient
 
     def __call__(self, v: Vector) -> Vector:
         total = self._probe.zeros()
@@ -112,12 +122,25 @@ def _twice(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return compute()
     except RuntimeError as error:
         if any(text in str(error) for text in _NOT_TWICE):
-            raise RuntimeError(
-                "the loss cannot be differentiated twice, which a Hessian takes: use operators that can be in place of "
-                "fused ones (esam_kernels.cross_entropy can; for attention, torch.nn.attention.sdpa_kernel("
-                f"SDPBackend.MATH); no torch.compile). torch says: {error}"
-            ) from error
+            raise RuntimeError(f"{_ADVICE} (torch says: {error})") from error
         raise
+
+
+def _check_graph(gradient: tuple[Tensor, ...]) -> None:
+    """Refuse a graph with the node of a function that is differentiable once.
+
+    autograd would leave that node out, as no way from it leads to the parameters, and H v would silently be too small.
+    """
+    seen: set[Any] = set()
+    ahead = [grad.grad_fn for grad in gradient]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == _ERROR_NODE:
+            raise RuntimeError(_ADVICE)
+        seen.add(node)
+        ahead.extend(following for following, _ in node.next_functions)
 
 
 def _unit(vector: Vector) -> Vector:

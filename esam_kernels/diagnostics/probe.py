@@ -200,9 +200,12 @@ class Probe:
         """
         if not value.requires_grad:
             raise ValueError("the closure's losses depend on no parameter that trains (is it run under no_grad?)")
+        # A function that is differentiable once leaves its mark in the graph only if this needs a gradient too.
+        seed = torch.ones_like(value, requires_grad=create_graph)
         return torch.autograd.grad(
             value,
             self._params,
+            grad_outputs=seed,
             create_graph=create_graph,
             retain_graph=create_graph or retain_graph,
             materialize_grads=True,

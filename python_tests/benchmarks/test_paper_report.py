@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.paper import report, store
 from benchmarks.paper.experiment import Claim, Experiment
-from benchmarks.paper.experiments import table4_5
+from benchmarks.paper.experiments import figure5, figure6, figure7, table4_5
 
 CONDITIONS = {"device": "a CPU", "torch": "2.13", "commit": "abc", "date": "2026-01-01", "settings": {}}
 
@@ -93,3 +93,58 @@ def test_growth_is_claimed_only_where_every_step_grows():
     )
     assert (holding.holds, holding.measured) == (True, "at 18 of 18 steps")
     assert (falling.holds, falling.measured) == (False, "at 17 of 18 steps")
+
+
+# -- figures 5 to 7 ----------------------------------------------------------------------------------------------------
+
+CURVE = {"data": "digits", "seed": 0}
+
+
+def test_figure_5_holds_only_where_every_epoch_does():
+    losses = {"selected": 2.0, "rest": 1.0, "selected_perturbed": 4.0, "rest_perturbed": 1.0}
+    rows = [{**CURVE, "epoch": epoch, **losses} for epoch in (1, 2)]
+    found = figure5.claims(rows)
+    assert [claim.measured for claim in found] == [
+        "in 2 of 2 epochs; 2 against 1 on average",
+        "in 2 of 2 epochs; 4 against 1 on average",
+    ]
+    assert [claim.holds for claim in found] == [True, True]
+    rows[1]["rest_perturbed"] = 5.0
+    assert [claim.holds for claim in figure5.claims(rows)] == [True, False]
+
+
+def test_figure_5_compares_means_over_the_seeds_of_each_data_set():
+    both = [("digits", 0, 1.0, 2.0), ("digits", 1, 4.0, 2.0), ("cifar10", 0, 1.0, 2.0)]
+    losses = {"selected_perturbed": 1.0, "rest_perturbed": 1.0, "epoch": 1}
+    rows = [{"data": d, "seed": s, "selected": a, "rest": b, **losses} for d, s, a, b in both]
+    digits, cifar = (claim for claim in figure5.claims(rows) if "at w," in claim.text)
+    assert (digits.measured, digits.holds, len(digits.rows)) == ("in 1 of 1 epochs; 2.5 against 2 on average", True, 2)
+    assert (cifar.measured, cifar.holds, len(cifar.rows)) == ("in 0 of 1 epochs; 1 against 2 on average", False, 1)
+
+
+def test_figure_6_orders_the_three_cosines():
+    row = {**CURVE, "epoch": 1, "selected": 0.9, "random": 0.8, "rest": -0.1}
+    assert [claim.holds for claim in figure6.claims([row])] == [True, True]
+    assert [claim.holds for claim in figure6.claims([row | {"random": 0.95}])] == [False, True]
+    assert [claim.holds for claim in figure6.claims([row | {"rest": 0.85}])] == [True, False]
+
+
+def test_figure_7_takes_each_beta_from_its_own_training_or_all_from_sams():
+    zeta = {  # (trained with, beta): with the scaling by 1/beta, without
+        (0.5, 0.5): (4.0, 1.0),
+        (1.0, 0.5): (1.0, 3.0),
+        (1.0, 1.0): (2.0, 2.0),
+    }
+    rows = [
+        {**CURVE, "epoch": 1, "trained_with": trained, "beta": beta, "rescaled": rescaled, "linearity": values[i]}
+        for (trained, beta), values in zeta.items()
+        for i, rescaled in enumerate((True, False))
+    ]
+    found = [(claim.holds, claim.measured) for claim in figure7.claims(rows)]
+    assert found == [
+        (False, "at 0 of 1 steps; 4 at beta = 0.5, 2 at 1.0"),
+        (True, "at 1 of 1 steps; 1 at beta = 0.5, 2 at 1.0"),
+        (True, "at 1 of 1 steps; 1 at beta = 0.5, 2 at 1.0"),
+        (False, "at 0 of 1 steps; 3 at beta = 0.5, 2 at 1.0"),
+    ]
+    assert [claim.measured for claim in figure7.claims(rows[:2])] == [None] * 4

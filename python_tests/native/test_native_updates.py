@@ -146,6 +146,59 @@ def test_updates_have_the_same_bits_on_every_isa_and_thread_count(isa, threads):
 _first_result = {}
 
 
+# More than the caches hold, and no whole number of their lines: the weights are then written past the caches. In two
+# parts they are not.
+LARGE = (1 << 22) + 3
+PARTS = (slice(0, LARGE // 2), slice(LARGE // 2, LARGE))
+
+
+def large(dtype=torch.float32):
+    return torch.randn(LARGE).to(dtype)
+
+
+@pytest.mark.parametrize("options", [SGD["weight_decay"], SGD["momentum"], SGD["nesterov"]])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_large_weights_take_the_same_sgd_update(isa, shift, first, options):
+    storage, expected = torch.full((LARGE + shift + 1,), 7.0), torch.empty(LARGE)
+    param, backup, grad, buffer = storage[shift:-1], large(), large(), large()
+    rest = (first, LR, None, *(SGD_DEFAULTS | options).values())
+    expected_buffer = buffer.clone()
+    for part in PARTS:
+        native.restore_sgd_([expected[part]], [backup[part]], [grad[part]], [expected_buffer[part]], *rest)
+    native.restore_sgd_([param], [backup], [grad], [buffer], *rest)
+    assert_same_bits([param, buffer], [expected, expected_buffer])
+    assert storage[-1] == 7.0
+    assert (storage[:shift] == 7.0).all()
+
+
+@pytest.mark.parametrize("options", [ADAM["adamw"], ADAM["amsgrad"]])
+def test_large_weights_take_the_same_adam_update(isa, options):
+    lists = [torch.empty(LARGE), large(), large(), large(), large().abs(), large().abs()]
+    expected = clones(lists)[0]
+
+    def update(param, backup, grad, mean, square, largest):
+        step = torch.tensor(3.0)
+        largest = [largest] if options.get("amsgrad") else []
+        lists = ([param], [backup], [grad], [mean], [square], largest, [step])
+        native.restore_adam_(*lists, LR, None, **(ADAM_DEFAULTS | options))
+
+    for part in PARTS:
+        update(*(tensor[part] for tensor in expected))
+    update(*lists)
+    assert_same_bits(lists, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_large_weights_are_restored(isa, shift, dtype):
+    storage, backup = torch.full((LARGE + shift + 1,), 7.0, dtype=dtype), large(dtype)
+    native.restore_([storage[shift:-1]], [backup])
+    assert_same_bits([storage[shift:-1]], [backup])
+    assert storage[-1] == 7.0
+    assert (storage[:shift] == 7.0).all()
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_misaligned_weights_are_updated_and_their_neighbours_left_alone(isa, momentum):
     storage = torch.full((40_005,), 7.0)

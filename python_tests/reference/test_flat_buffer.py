@@ -1,4 +1,4 @@
-"""Flattened storage: values, identities, formats and ties kept; 16-byte alignment; moves noticed."""
+"""Flattened storage: values, identities, formats and ties kept; 64-byte alignment; moves noticed."""
 
 import gc
 import itertools
@@ -42,16 +42,16 @@ def test_flattening_keeps_values_shapes_strides_and_identity():
         assert param.is_leaf
 
 
-def test_parameters_lie_side_by_side_in_one_buffer_a_dtype_each_on_a_16_byte_boundary():
+def test_parameters_lie_side_by_side_in_one_buffer_a_dtype_each_on_a_64_byte_boundary():
     params = [p for p in make_params() if p.numel()]
     flat = FlatBuffers(params)
     assert set(flat.buffers) == {torch.float32, torch.float64, torch.bfloat16}
     for param in params:
-        assert param.data_ptr() % 16 == 0
+        assert param.data_ptr() % 64 == 0
         assert is_inside(param, flat)
     spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    assert flat.buffers[torch.float32].numel() == 4 + 24 + 20 + 4 + 8
+    assert flat.buffers[torch.float32].numel() == 16 + 32 + 32 + 16 + 16
 
 
 def test_ties_are_kept():

@@ -70,7 +70,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             text = f"zeta falls with beta, at every step ({scaling}; {place})"
             for data in curves.data_sets(rows):
                 own = chosen(rows, data, rescaled, by_itself)
-                found.append(Claim(text, PAPER, *falls_with_beta(own), own))
+                measured, holds = falls_with_beta(own)
+                found.append(Claim(text, PAPER, measured, holds, own if measured else ()))
             if not rows:
                 found.append(Claim(text, PAPER))
     return found

@@ -1,0 +1,56 @@
+// Stores past the caches. Included once per instruction set, inside its namespace.
+//
+// An ordinary store first reads the line that it writes to. Where all of a line is written, and nobody reads it soon,
+// a non-temporal store spares that third of the traffic.
+
+constexpr int64_t kLineBytes = 64;
+constexpr bool kCanStream = kVectorBytes > 16;
+
+inline void stream_line(void* destination, const void* source) {
+#if ESAM_VECTOR_BYTES == 64
+  _mm512_stream_si512(static_cast<__m512i*>(destination), _mm512_loadu_si512(source));
+#elif ESAM_VECTOR_BYTES == 32
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_si256(static_cast<__m256i*>(destination) + i,
+                        _mm256_loadu_si256(static_cast<const __m256i*>(source) + i));
+  }
+#endif
+}
+
+// Makes them visible to other threads.
+inline void stream_fence() {
+#if ESAM_VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
+// out[i] = element(i). `element` may read and write other memory at i, but no other element's.
+template <bool kStreams, typename T, typename Element>
+inline void for_each_element(T* out, int64_t n, Element element) {
+  static_assert(kCanStream || !kStreams);
+  int64_t i = 0;
+  if (kStreams) {
+    constexpr int64_t kLine = kLineBytes / sizeof(T);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(out) % kLineBytes / sizeof(T);
+    const int64_t head = std::min(n, (kLine - misaligned) % kLine);
+    for (; i < head; ++i) out[i] = element(i);
+    for (; i + kLine <= n; i += kLine) {
+      T line[kLine];
+#pragma GCC ivdep
+      for (int64_t j = 0; j < kLine; ++j) line[j] = element(i + j);
+      stream_line(out + i, line);
+    }
+    stream_fence();
+  }
+#pragma GCC ivdep
+  for (int64_t j = i; j < n; ++j) out[j] = element(j);
+}
+
+inline void copy(void* destination, const void* source, int64_t bytes) {
+  __builtin_memmove(destination, source, bytes);
+}
+
+inline void stream(void* destination, const void* source, int64_t bytes) {
+  const char* const from = static_cast<const char*>(source);
+  for_each_element<kCanStream>(static_cast<char*>(destination), bytes, [=](int64_t i) { return from[i]; });
+}
