@@ -15,15 +15,17 @@ from typing import Any, NoReturn
 import torch
 from checkpoint import FILE, load_checkpoint, save_checkpoint
 from data import DATA_SETS, DataSet, UserError, load, with_label_noise
+from learning_rate import SCHEDULES
 from models import MODELS, needs_two_images
 from progress import Progress
+from recipes import parse_with_recipe, recipe_name
 from report import Result, plot, summarise, table, write_json
 from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, OPTIMIZERS, Trainer
 
 from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.
-NOT_COMPARED = ("checkpoint", "resume", "out", "data_path", "device")
+NOT_COMPARED = ("checkpoint", "resume", "out", "data_path", "device", "workers", "recipe")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -38,10 +40,12 @@ class Parser(argparse.ArgumentParser):
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    parser.add_argument("--recipe", type=recipe_name, help="options as in the paper, for those not given; or: list")
+
     data = parser.add_argument_group("data and model")
     data.add_argument("--data", choices=DATA_SETS, default="digits")
-    data.add_argument("--data-path", help="CIFAR: a directory, .tar.gz or .npz")
-    data.add_argument("--label-noise", type=share, help="share of wrong training labels (default: digits 0.4, CIFAR 0)")
+    data.add_argument("--data-path", help="CIFAR: a directory, .tar.gz or .npz; ImageNet: a directory")
+    data.add_argument("--label-noise", type=share, help="share of wrong training labels (digits 0.4, others 0)")
     data.add_argument("--limit", type=positive_int, help="only the first so many training and test images, for tries")
     data.add_argument("--model", choices=MODELS, default="cnn")
 
@@ -55,27 +59,40 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument("--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws")
     training.add_argument("--lr", type=float, default=0.05)
-    training.add_argument("--lr-schedule", choices=("constant", "cosine"), default="constant")
+    training.add_argument("--lr-schedule", choices=SCHEDULES, default="constant")
+    training.add_argument("--lr-warmup", type=radius, default=0.0, metavar="EPOCHS", help="over which lr rises from 0")
+    training.add_argument("--label-smoothing", type=share, default=0.0)
     training.add_argument("--momentum", type=float, default=0.9)
     training.add_argument("--weight-decay", type=float, default=1e-3)
     training.add_argument("--epochs", type=positive_int, default=25)
     training.add_argument("--batch-size", type=positive_int, default=64)
+    training.add_argument("--micro-batch", type=positive_int, help="SAM, ESAM: part of a batch perturbed by itself")
     training.add_argument("--seed", type=seed_number, default=0, help="of the first training")
     training.add_argument("--seeds", type=positive_int, default=3, help="trainings of each optimizer (default 3)")
 
     machine = parser.add_argument_group("machine and files")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward")
+    machine.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
+    machine.add_argument("--graph", action="store_true", help="SAM, ESAM: each step as one CUDA graph")
+    machine.add_argument(
+        "--cudnn-benchmark", action="store_true", help="the fastest convolutions: resumed runs may differ in last bits"
+    )
+    machine.add_argument("--workers", type=workers, default=4, help="processes that decode ImageNet (default 4)")
     machine.add_argument("--checkpoint", metavar="DIR", help="save the state there after every epoch")
     machine.add_argument("--resume", action="store_true", help="go on from the state in --checkpoint")
     machine.add_argument("--out", metavar="DIR", default="runs", help="for the plot and the JSON (default runs)")
 
-    options = parser.parse_args(arguments)
+    options = parse_with_recipe(parser, arguments)
     options.optimizer = list(dict.fromkeys(options.optimizer))
     if options.resume and options.checkpoint is None:
         parser.error("--resume needs --checkpoint")
-    if options.data == "digits" and options.data_path is not None:
-        parser.error("--data-path is for --data cifar10 and cifar100")
+    if options.data_path is not None and options.data not in ("cifar10", "cifar100", "imagenet"):
+        parser.error("--data-path is for --data cifar10, cifar100 and imagenet")
+    if options.graph and options.micro_batch is not None:
+        parser.error("--graph takes the batch whole: leave --micro-batch out")
+    if options.lr_warmup >= options.epochs:
+        parser.error(f"--lr-warmup {options.lr_warmup:g} leaves nothing of {options.epochs} epochs")
     if options.label_noise is None:
         options.label_noise = 0.4 if options.data == "digits" else 0.0
     return options
@@ -84,6 +101,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def positive_int(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def workers(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return int(text)
 
 
@@ -119,7 +142,10 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
     images = len(data.train_labels)
     if options.batch_size > images:
         raise UserError(f"--batch-size {options.batch_size} is larger than the training set, {images} images")
-    last = images % options.batch_size or options.batch_size
+    size = options.batch_size
+    last = images % size or size
+    if options.micro_batch:
+        last = last % options.micro_batch or options.micro_batch
     smallest = num_selected(options.gamma, last) if 0.0 < options.gamma <= 1.0 else last
     if smallest == 1 and needs_two_images(options.model, data.image_shape[1]):
         thing = "digit" if options.data == "digits" else "image"
@@ -129,11 +155,14 @@ def check_batches(options: argparse.Namespace, data: DataSet) -> None:
 def train(options: argparse.Namespace) -> list[Result]:
     """All trainings, seed by seed."""
     device = find_device(options.device)
-    torch.backends.cudnn.deterministic = True  # resuming with the same bits needs it
+    torch.backends.cudnn.deterministic = not options.cudnn_benchmark  # resuming with the same bits needs it
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
+    if options.graph and device.type != "cuda":
+        print("--graph: not on a CUDA device, so that every step runs eagerly")
     if options.data == "digits" and options.model == "cnn":
         torch.set_num_threads(1)  # too little work to divide: with more, the threads mostly wait for one another
     saved = starting_point(options, device)
-    data = load(options.data, options.data_path, options.limit).to(device)
+    data = load(options.data, options.data_path, options.limit, options.workers).to(device)
     check_batches(options, data)
 
     results: list[Result] = saved["results"]

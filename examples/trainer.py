@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from data import DataSet, UserError
+from learning_rate import build_lr_schedule
 from models import build_model
 from torch import Tensor
 
-from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm
+from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm, make_graphed_step
 from esam_kernels.schedules import LinearSchedule
 
 OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds")
 # The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
 DEFAULT_RHO = 0.05
 DEFAULT_RHO_ASAM = 0.5
-# Images in a batch of the evaluation: bounds its memory, and has no effect on the result.
-EVALUATION_BATCH = 1000
+# Pixels a channel in a batch of the evaluation: bounds its memory, and has no effect on the result.
+EVALUATION_PIXELS = 1000 * 32 * 32
 
 
 def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
@@ -49,15 +52,19 @@ class Trainer:
     """Trains one model with one optimizer. ``history`` has an entry for each finished epoch."""
 
     def __init__(self, name: str, seed: int, data: DataSet, options: argparse.Namespace) -> None:
-        self.name, self.seed, self.data, self.options = name, seed, data, options
+        self.name, self.seed, self.options = name, seed, options
         self.device = data.device
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.data = replace(data, memory_format=memory_format) if options.channels_last else data
         torch.manual_seed(seed)
         channels, size = data.image_shape[:2]
         try:
-            self.model = build_model(options.model, channels, size, data.classes).to(self.device)
+            self.model = build_model(options.model, channels, size, data.classes)
+            self.model.to(self.device, memory_format=memory_format)
             self.optimizer = build_optimizer(name, self.model, options)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: {error}") from None
+        self._sharpness_aware_step: Callable[..., Tensor] | None = None
         self.gamma_schedule = self._gamma_schedule()
         self.lr_schedule = self._lr_schedule()
         self.history: list[dict[str, float]] = []
@@ -70,10 +77,10 @@ class Trainer:
         return LinearSchedule(self.optimizer, "gamma", 1.0, self.optimizer.gamma, total_iters=steps)
 
     def _lr_schedule(self) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """The learning rate from its value to 0 along half a cosine, epoch by epoch; None leaves it constant."""
-        if self.options.lr_schedule == "constant":
-            return None
-        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=self.options.epochs)
+        options = self.options
+        return build_lr_schedule(
+            self.optimizer, options.lr_schedule, options.epochs, options.lr_warmup, self.steps_per_epoch
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,12 +90,20 @@ class Trainer:
         """The loss of each sample, shape (b,)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16"):
             logits = self.model(images)
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
+    def _make_step(self, images: Tensor, labels: Tensor) -> Callable[..., Tensor]:
+        """The step of SAM or ESAM, as one CUDA graph for batches like this one where that is wanted."""
+        if self.options.graph and self.device.type == "cuda":
+            return make_graphed_step(self.optimizer, self.losses, images, labels)
+        return partial(self.optimizer.step, self.losses, micro_batch=self.options.micro_batch)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step of training; returns the mean loss at the weights before it, on the device."""
         if isinstance(self.optimizer, ESAM):
-            loss = self.optimizer.step(self.losses, images, labels)
+            if self._sharpness_aware_step is None:
+                self._sharpness_aware_step = self._make_step(images, labels)
+            loss = self._sharpness_aware_step(images, labels)
         else:
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.losses(images, labels).mean()
@@ -96,6 +111,8 @@ class Trainer:
             self.optimizer.step()
         if self.gamma_schedule is not None:
             self.gamma_schedule.step()
+        if self.lr_schedule is not None:
+            self.lr_schedule.step()
         return loss.detach()
 
     def train_epoch(self, on_step: Callable[[], Any] = lambda: None) -> None:
@@ -115,8 +132,6 @@ class Trainer:
             total += self.step(images, labels) * len(labels)
             on_step()
         seconds = self._now() - start
-        if self.lr_schedule is not None:
-            self.lr_schedule.step()
         loss = total.item() / len(self.data.train_labels)
         self.history.append({"epoch": epoch + 1, "seconds": seconds, "train_loss": loss, **self.evaluate()})
 
@@ -130,7 +145,7 @@ class Trainer:
         """Loss and accuracy (in %) on the test set."""
         self.model.eval()
         correct, loss = torch.zeros(2, device=self.device)
-        for images, labels in self.data.test_batches(EVALUATION_BATCH):
+        for images, labels in self.data.test_batches(EVALUATION_PIXELS // self.data.image_shape[1] ** 2):
             logits = self.model(images)
             correct += (logits.argmax(dim=1) == labels).sum()
             loss += cross_entropy(logits, labels).sum()

@@ -4,9 +4,8 @@ import pytest
 import torch
 import train
 from data import CROP_PADDING, DataSet, crop_and_flip, load
+from test_train_resume import assert_same, checkpoint
 from trainer import Trainer
-
-from python_tests.examples.test_train_resume import assert_same, checkpoint
 
 
 def generator(seed=3):
