@@ -122,6 +122,7 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
 // Rows of contiguous logits. Throws an IndexError, as torch does, where a class index is out of range.
 cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::object& index,
                                          const py::object& probability, double label_smoothing, int64_t ignore_index) {
+  if (logits.const_data_ptr() == nullptr) throw py::value_error("the logits have no memory");
   const cpu::CrossEntropyRows rows{logits.const_data_ptr(),
                                    data_or_null<const int64_t>(index, logits.size(0)),
                                    data_or_null<const float>(probability, logits.numel()),

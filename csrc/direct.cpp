@@ -34,14 +34,21 @@ bool nobody_looks_on() {
 constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::ZeroTensor});
 
-// The tensor, if it is a dense one on the CPU and nothing else: no subclass, no wrapper.
+// Whether a tensor is a dense one on the CPU and nothing else: no wrapper, no dual number.
+bool is_plain(const at::Tensor& tensor) {
+  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj()) {
+    return false;
+  }
+  const c10::DispatchKeySet keys = tensor.key_set();
+  if (keys.has_any(kWrappers) || keys.highestPriorityTypeId() > c10::DispatchKey::AutocastCPU) return false;
+  return !tensor._fw_grad(0).defined() && (tensor.numel() == 0 || tensor.const_data_ptr() != nullptr);
+}
+
+// The tensor, if it is a plain one and of no subclass.
 const at::Tensor* plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj())
-    return nullptr;
-  const c10::DispatchKeySet keys = tensor.key_set();
-  return keys.has_any(kWrappers) || keys.highestPriorityTypeId() > c10::DispatchKey::AutocastCPU ? nullptr : &tensor;
+  return is_plain(tensor) ? &tensor : nullptr;
 }
 
 py::object wrap(const at::Tensor& tensor) {
@@ -63,7 +70,8 @@ at::Tensor differentiable_gradient(const at::Tensor& grad_losses, const at::Tens
   const at::Tensor index = target.unsqueeze(1).masked_fill(counted.logical_not(), 0);
   const double share = label_smoothing / static_cast<double>(x.size(1));
   const at::Tensor q = at::full_like(x, share).scatter(1, index, 1 - label_smoothing + share);
-  return ((x.softmax(1) - q) * (grad_losses.unsqueeze(1) * counted)).to(logits.scalar_type());
+  const at::Tensor gradient = (x.softmax(1) - q) * grad_losses.unsqueeze(1);
+  return at::where(counted, gradient, 0.0).to(logits.scalar_type());
 }
 
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
@@ -85,11 +93,12 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &logits = saved[0], &target = saved[1], &lse = saved[2];
+    // Contiguous they were, but hooks of the user's may have packed and unpacked them.
+    const at::Tensor logits = saved[0].contiguous(), target = saved[1].contiguous(), lse = saved[2].contiguous();
     const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     at::Tensor gradient;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || !is_plain(grad_outputs[0])) {
       gradient = differentiable_gradient(grad_outputs[0], logits, target, label_smoothing, ignore_index);
     } else {
       const at::Tensor upstream = grad_outputs[0].to(at::kFloat).contiguous();

@@ -51,6 +51,15 @@ py::list are_held_alone(const py::list& tensors, Py_ssize_t expected_objects, si
   return result;
 }
 
+// Whether each is a torch.Tensor or a torch.nn.Parameter, and no subclass of them.
+bool are_exact(const py::list& tensors) {
+  const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!THPVariable_CheckExact(PyList_GET_ITEM(tensors.ptr(), i))) return false;
+  }
+  return true;
+}
+
 // The .grad of each.
 py::list gradients(const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
@@ -85,6 +94,7 @@ void increment_version(const py::list& tensors) {
 
 void register_host(py::module_& module) {
   module.def("are_alike", &are_alike);
+  module.def("are_exact", &are_exact);
   module.def("drop_gradients", &drop_gradients);
   module.def("gradients", &gradients);
   module.def("increment_version", &increment_version);

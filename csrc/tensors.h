@@ -92,6 +92,7 @@ inline T* data(const pybind11::handle& object, int64_t numel) {
   const bool fits = tensor.scalar_type() == c10::CppTypeToScalarType<std::remove_const_t<T>>::value &&
                     tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
   if (!fits) throw pybind11::value_error("expected a contiguous CPU tensor of another dtype or length");
+  if (tensor.numel() > 0 && tensor.const_data_ptr() == nullptr) throw pybind11::value_error("a tensor has no memory");
   if constexpr (std::is_const_v<T>) {
     return static_cast<T*>(tensor.const_data_ptr());
   } else {

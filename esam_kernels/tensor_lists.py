@@ -51,7 +51,13 @@ def _drop_gradients(params: list[Tensor]) -> None:
         param.grad = None
 
 
+def _are_exact(tensors: list[Tensor]) -> bool:
+    """Whether each is a tensor or a parameter of torch's own, of no subclass."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 _in_cpp = native.extension
+are_exact: Callable[[list[Tensor]], bool] = _in_cpp.are_exact if _in_cpp else _are_exact
 gradients: Callable[[list[Tensor]], list[Tensor | None]] = _in_cpp.gradients if _in_cpp else _gradients
 drop_gradients: Callable[[list[Tensor]], None] = _in_cpp.drop_gradients if _in_cpp else _drop_gradients
 increment_version: Callable[[list[Tensor]], None] = (

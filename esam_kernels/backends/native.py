@@ -74,7 +74,7 @@ def norm_partials(
     adaptive: Sequence[bool],
     eta: float,
 ) -> Tensor:
-    partials = torch.empty(NUM_PARTIALS, dtype=torch.float64)
+    partials = torch.empty(NUM_PARTIALS, dtype=torch.float64, device="cpu")
     if _native.norm_partials(params, grads, groups, adaptive, eta, partials):
         return partials
     return reference.norm_partials(params, grads, groups, adaptive, eta)
@@ -168,8 +168,8 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     if not _takes(logits, target):
         return reference.cross_entropy_forward(logits, target, label_smoothing, ignore_index)
-    losses = torch.empty(logits.shape[0], dtype=torch.float32)
-    lse = torch.empty(logits.shape[0], dtype=torch.float32)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
+    lse = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
     index, probability = _index_and_probability(target)
     _native.cross_entropy_forward(logits.contiguous(), index, probability, label_smoothing, ignore_index, losses, lse)
     return losses, lse
@@ -185,7 +185,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     if not _takes(logits, target) or lse.dtype != torch.float32:
         return reference.cross_entropy_backward(grad_losses, logits, target, lse, label_smoothing, ignore_index)
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     index, probability = _index_and_probability(target)
     _native.cross_entropy_backward(
         grad_losses.to(torch.float32).contiguous(),
@@ -202,7 +202,7 @@ def cross_entropy_backward(
 
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     dtype = torch.promote_types(compute_dtype(loss_before.dtype), compute_dtype(loss_after.dtype))
-    indices = torch.empty(k, dtype=torch.int64)
+    indices = torch.empty(k, dtype=torch.int64, device="cpu")
     _native.select(loss_before.to(dtype).contiguous(), loss_after.to(dtype).contiguous(), k, indices)
     return indices
 

@@ -245,7 +245,7 @@ def cross_entropy_backward(
         q = target.to(x.dtype)
     q = q * (1 - label_smoothing) + label_smoothing / classes
     gradient = torch.exp(x - lse[:, None]) * q.sum(dim=1, keepdim=True) - q
-    return (gradient * (grad_losses * kept)[:, None]).to(logits.dtype)
+    return torch.where(kept.unsqueeze(-1), gradient * grad_losses[:, None], 0.0).to(logits.dtype)
 
 
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:

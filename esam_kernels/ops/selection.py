@@ -9,13 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.ops.registration import check, direct, register
 
 
+def _check_devices(**tensors: Tensor) -> None:
+    check(
+        len({tensor.device for tensor in tensors.values()}) == 1,
+        lambda: "on different devices: " + ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items()),
+    )
+
+
 def _check_cross_entropy(logits: Tensor, target: Tensor) -> None:
+    _check_devices(logits=logits, target=target)
     check(
         logits.dim() == 2 and logits.is_floating_point(),
         lambda: f"logits must be floating point (rows, classes), got {logits.dtype} {tuple(logits.shape)}",
@@ -38,7 +47,8 @@ def _cross_entropy_forward(
     return losses, lse
 
 
-def _fake_cross_entropy_forward(logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _fake_cross_entropy_forward(logits: Tensor, target: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    _check_devices(logits=logits, target=target)
     dtype = compute_dtype(logits.dtype)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
 
@@ -96,8 +106,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         logits, target, lse = ctx.saved_tensors
         arguments = (ctx.label_smoothing, ctx.ignore_index)
-        if torch.is_grad_enabled():
-            # Somebody wants a second derivative: the reference is made of operators that have one.
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # Somebody wants a second derivative, or many first ones: the reference is made of operators that have them.
             lse = torch.logsumexp(logits.to(lse.dtype), dim=1)
             gradient = reference.cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
         else:
@@ -108,9 +118,13 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
     """The losses of ``cross_entropy_forward``, twice differentiable with respect to the logits."""
     arguments = (logits, target, label_smoothing, ignore_index)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        # The operators have neither batching rules nor forward derivatives; what the reference is made of has both.
+        return reference.cross_entropy_forward(*arguments)[0]
     if not (torch.is_grad_enabled() and logits.requires_grad):
         losses: Tensor = cross_entropy_forward(*arguments)[0]
-    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    elif compiling:
         losses = _CrossEntropy.apply(*arguments)[0]
     else:
         # What apply() does then, without binding the arguments to a signature first: half the time of a small batch.
@@ -128,15 +142,21 @@ def _select(loss_before: Tensor, loss_after: Tensor, k: int, backend: str = "") 
         loss_before.shape == loss_after.shape,
         lambda: f"loss_before has {loss_before.shape[0]} samples, loss_after has {loss_after.shape[0]}",
     )
+    _check_devices(loss_before=loss_before, loss_after=loss_after)
     check(1 <= k <= loss_before.shape[0], lambda: f"k must lie in [1, {loss_before.shape[0]}], got {k}")
     indices: Tensor = resolve(backend, loss_before.device).select(loss_before, loss_after, k)
     return indices
 
 
+def _fake_select(loss_before: Tensor, loss_after: Tensor, k: int, backend: str = "") -> Tensor:
+    _check_devices(loss_before=loss_before, loss_after=loss_after)
+    return loss_before.new_empty(k, dtype=torch.int64)
+
+
 select = register(
     "select(Tensor loss_before, Tensor loss_after, int k, *, str backend='') -> Tensor",
     _select,
-    lambda loss_before, loss_after, k, backend="": loss_before.new_empty(k, dtype=torch.int64),
+    _fake_select,
 )
 """The k samples with the largest loss_after - loss_before (Eq. 6): ascending int64 indices (k,).
 
@@ -188,6 +208,7 @@ def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int) -
             ),
         )
     samples = before.shape[0]
+    _check_devices(before=before, after=after)
     check(after.shape[0] == samples, lambda: f"before has {samples} samples, after has {after.shape[0]}")
     check(1 <= k <= samples, lambda: f"k must lie in [1, {samples}], got {k}")
 

@@ -7,6 +7,7 @@ from native_cases import extension
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
+from torch.testing._internal.two_tensor import TwoTensor
 
 from esam_kernels import cross_entropy, gather, ops, select
 from esam_kernels.backends import reference
@@ -174,3 +175,46 @@ def test_the_public_functions_go_the_direct_way(monkeypatch):
     assert torch.equal(rows, logits[indices])
     assert torch.equal(labels, target[indices])
     assert ops.direct("reference", logits.device) is None
+
+
+def test_gradients_are_right_where_hooks_lay_out_the_saved_tensors_anew():
+    logits, target = batch()
+    logits.requires_grad_()
+    (expected,) = torch.autograd.grad(direct.cross_entropy(logits, target, 0.0, -100).sum(), logits)
+
+    def pack(tensor):
+        return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+
+    def unpack(packed):
+        return packed.t() if packed.dim() == 2 else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        losses = direct.cross_entropy(logits, target, 0.0, -100)
+    assert torch.equal(torch.autograd.grad(losses.sum(), logits)[0], expected)
+
+
+FAKE = FakeTensorMode()
+
+
+@pytest.mark.parametrize("make", [TwoTensor, lambda a, b: FAKE.from_tensor(a)], ids=["two", "fake"])
+def test_subclasses_take_the_dispatchers_way_without_autograd_too(make):
+    logits, target = batch()
+    wrapped = make(logits, logits.clone())
+    losses = torch.rand(SAMPLES)
+    with torch.no_grad():
+        found = cross_entropy(wrapped, make(target, target.clone()))
+        assert type(found) is type(wrapped)
+        assert found.shape == (SAMPLES,)
+        assert type(select(make(losses, losses.clone()), make(losses, losses.clone()), 3)) is type(wrapped)
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    logits, target = batch()
+    param, grad = torch.nn.Parameter(torch.zeros(5)), torch.ones(5)
+    with torch.device("meta"), torch.no_grad():
+        losses = cross_entropy(logits, target)
+        indices = select(torch.zeros(SAMPLES, device="cpu"), losses, 4)
+        partials = ops.norm_partials([param], [grad], [0], [False], 0.0)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, target, reduction="none"))
+    assert indices.device.type == "cpu"
+    assert partials.sum() == 5.0

@@ -172,6 +172,17 @@ def test_large_weights_take_the_same_sgd_update(isa, shift, first, options):
     assert (storage[:shift] == 7.0).all()
 
 
+def test_large_weights_off_the_grid_of_their_type_are_updated():
+    param = torch.frombuffer(bytearray(4 * LARGE + 4), dtype=torch.float32, offset=1, count=LARGE)
+    backup, grad = large(), large()
+    expected = torch.empty(LARGE)
+    for out in (param, expected):
+        native.restore_sgd_([out], [backup], [grad], [], False, LR, None, **SGD_DEFAULTS)
+    assert_same_bits([param.clone()], [expected])
+    native.restore_([param], [grad])
+    assert_same_bits([param.clone()], [grad])
+
+
 @pytest.mark.parametrize("options", [ADAM["adamw"], ADAM["amsgrad"]])
 def test_large_weights_take_the_same_adam_update(isa, options):
     lists = [torch.empty(LARGE), large(), large(), large(), large().abs(), large().abs()]

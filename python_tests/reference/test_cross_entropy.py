@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
-from esam_kernels import cross_entropy
+from esam_kernels import cross_entropy, select
 
 CLASSES = 5
 
@@ -190,3 +191,44 @@ def test_a_target_that_requires_grad_is_refused():
 def test_a_class_index_out_of_range_is_an_error_on_the_cpu(index):
     with pytest.raises(IndexError):
         cross_entropy(torch.randn(4, 5), torch.full((4,), index))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_forward_derivatives_and_batched_gradients_are_torchs(backend, monkeypatch):
+    if backend is None:
+        monkeypatch.delenv("ESAM_KERNELS_BACKEND", raising=False)
+    logits, direction, target = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+
+    def theirs(x):
+        return F.cross_entropy(x, target, reduction="none")
+
+    def ours(x):
+        return cross_entropy(x, target)
+
+    expected = torch.func.jvp(theirs, (logits,), (direction,))[1]
+    torch.testing.assert_close(torch.func.jvp(ours, (logits,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(ours(forward_ad.make_dual(logits, direction))).tangent
+    torch.testing.assert_close(found, expected)
+    jacobian = torch.autograd.functional.jacobian(theirs, logits)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(ours, logits, vectorize=True), jacobian)
+    torch.testing.assert_close(torch.func.jacrev(ours)(logits), jacobian)
+
+
+def test_an_ignored_sample_has_no_gradient_whatever_its_logits_are():
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    logits[1] = torch.nan
+    target = torch.tensor([0, -100, 2])
+    for create_graph in (False, True):
+        x = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(x, target).sum(), x, create_graph=create_graph)
+        assert (gradient[1] == 0).all()
+        torch.testing.assert_close(gradient[0].detach(), torch.softmax(logits[0], 0) - F.one_hot(target[0], 4))
+
+
+def test_tensors_on_different_devices_are_refused():
+    logits, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="different devices: logits on cpu, target on meta"):
+        cross_entropy(logits, target.to("meta"))
+    with pytest.raises(ValueError, match="different devices: loss_before on cpu, loss_after on meta"):
+        select(logits[:, 0], logits[:, 0].to("meta"), 2)

@@ -193,3 +193,13 @@ def test_operators_go_without_the_dispatcher_where_nobody_looks_on():
         torch.vmap(look)(torch.zeros(2))
         torch.jit.trace(look, torch.zeros(2), check_trace=False)
     assert seen == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_lists_of_tensors_may_be_tuples_and_given_by_name(container):
+    weights, saved = tensors(), tensors()
+    with torch.no_grad():
+        ops.restore_(params=container(weights), backups=container(saved))
+        (rows,) = ops.gather(tensors=container([weights[0]]), indices=torch.tensor([1]))
+    assert all(torch.equal(w, s) for w, s in zip(weights, saved))
+    assert torch.equal(rows, weights[0][1:2])
