@@ -4,7 +4,7 @@
 //   loss = sum(q) log sum exp(x) - sum(q x),   d loss / d x = sum(q) softmax(x) - q
 // Sums run in the same lanes on every instruction set, blocks in float32 and their totals in float64.
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 32;
 constexpr int kVectors = kLanes / kFloats;
 constexpr int64_t kBlock = 1024;  // logits at a time: 4 KiB, at home in the first-level cache
 
@@ -26,6 +26,17 @@ struct Block {
   }
 };
 
+inline double total_of(const FloatVector* sums) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, sums, sizeof(lanes));
+  double totals[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) totals[lane] = lanes[lane];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) totals[lane] += totals[lane + width];
+  }
+  return totals[0];
+}
+
 // sum of term(i) over whole lanes of a block, where term gives the vector that starts at i.
 template <typename Term>
 inline double sum_of(int64_t n, Term term) {
@@ -33,11 +44,7 @@ inline double sum_of(int64_t n, Term term) {
   for (int64_t i = 0; i < whole_lanes(n); i += kLanes) {
     for (int v = 0; v < kVectors; ++v) sums[v] += term(i + v * kFloats);
   }
-  float lanes[kLanes];
-  __builtin_memcpy(lanes, sums, sizeof(lanes));
-  double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
+  return total_of(sums);
 }
 
 // Calls body(start, size) for the blocks of a row.
@@ -46,35 +53,80 @@ inline void for_each_block(int64_t classes, Body body) {
   for (int64_t start = 0; start < classes; start += kBlock) body(start, std::min(kBlock, classes - start));
 }
 
-// NaN is passed over; it comes back through the sum of exponentials.
+// A stretch of a row as whole lanes: those of `body`, and one more of `tail` where `size` is no multiple of them.
+struct Stretch {
+  const float* body;
+  const float* tail;
+  int64_t size;
+
+  template <typename Visit>
+  void for_each(Visit visit) const {
+    const int64_t whole = size / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) visit(body + i);
+    if (whole < size) visit(tail);
+  }
+};
+
 template <typename T>
-float row_max(const T* logits, int64_t classes) {
-  Block block;
+inline Stretch lanes_of(const T* source, int64_t n, float padding, Block& block) {
+  const float* const values = block.read<T>(source, n, padding);
+  return {values, values + n / kLanes * kLanes, n};
+}
+
+// Float32 is read where it is, up to its last lanes.
+inline Stretch lanes_of(const float* source, int64_t n, float padding, Block& block) {
+  const int64_t whole = n / kLanes * kLanes;
+  return {source, block.read<float>(source + whole, n - whole, padding), n};
+}
+
+// NaN is passed over; it comes back through the sum of exponentials.
+inline float max_of(const Stretch& row) {
   FloatVector largest[kVectors];
   for (FloatVector& vector : largest) vector = FloatVector{} - INFINITY;
-  for_each_block(classes, [&](int64_t start, int64_t size) {
-    const float* x = block.read(logits + start, size, -INFINITY);
-    for (int64_t i = 0; i < whole_lanes(size); i += kLanes) {
-      for (int v = 0; v < kVectors; ++v) {
-        const FloatVector value = load_floats(x + i + v * kFloats);
-        largest[v] = value > largest[v] ? value : largest[v];
-      }
+  row.for_each([&](const float* x) {
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatVector value = load_floats(x + v * kFloats);
+      largest[v] = value > largest[v] ? value : largest[v];
     }
   });
   float lanes[kLanes];
   __builtin_memcpy(lanes, largest, sizeof(lanes));
-  return *std::max_element(lanes, lanes + kLanes);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = std::max(lanes[lane], lanes[lane + width]);
+  }
+  return lanes[0];
 }
 
-template <typename T>
-double sum_of_exponentials(const T* logits, int64_t classes, float max) {
-  Block block;
-  double total = 0;
-  for_each_block(classes, [&](int64_t start, int64_t size) {
-    const float* x = block.read(logits + start, size, -INFINITY);
-    total += sum_of(size, [=](int64_t i) { return exp(load_floats(x + i) - max); });
+inline double sum_of_exponentials(const Stretch& row, float max) {
+  FloatVector sums[kVectors] = {};
+  row.for_each([&](const float* x) {
+    for (int v = 0; v < kVectors; ++v) sums[v] += exp(load_floats(x + v * kFloats) - max);
   });
-  return total;
+  return total_of(sums);
+}
+
+struct MaxAndSum {
+  float max;
+  double sum;  // of exp(x - max)
+};
+
+// A row that fits a block is read, and converted, once.
+template <typename T>
+MaxAndSum max_and_sum(const T* logits, int64_t classes) {
+  Block block;
+  if (classes <= kBlock) {
+    const Stretch lanes = lanes_of(logits, classes, -INFINITY, block);
+    const float max = max_of(lanes);
+    return {max, sum_of_exponentials(lanes, max)};
+  }
+  MaxAndSum row{-INFINITY, 0};
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    row.max = std::max(row.max, max_of(lanes_of(logits + start, size, -INFINITY, block)));
+  });
+  for_each_block(classes, [&](int64_t start, int64_t size) {
+    row.sum += sum_of_exponentials(lanes_of(logits + start, size, -INFINITY, block), row.max);
+  });
+  return row;
 }
 
 // sum(x - max), for the uniform part of a smoothed target
@@ -128,8 +180,8 @@ template <typename T>
 void cross_entropy_forward(const CrossEntropyRows& rows, int64_t row, float* loss, float* lse) {
   const int64_t classes = rows.classes;
   const T* const logits = static_cast<const T*>(rows.logits) + row * classes;
-  const float max = row_max(logits, classes);
-  const double log_sum = std::log(sum_of_exponentials(logits, classes, max));
+  const auto [max, sum] = max_and_sum(logits, classes);
+  const double log_sum = std::log(sum);
   *lse = log_sum_exp(logits, classes, max, log_sum);
 
   double target_sum = 1, product_sum;
