@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ class _Group:
 
 
 Plan = list[_Group]
+
+
+def check_rates(base: Optimizer) -> None:
+    """Refuse a learning rate that torch's SGD, Adam or AdamW would stumble over with some groups updated already.
+
+    Raises:
+        TypeError: a group's lr is neither a number nor a tensor. Nothing is changed then.
+    """
+    if type(base) in _STEPS:
+        for number, group in enumerate(base.param_groups):
+            if not isinstance(group["lr"], (float, Tensor, Real)):
+                raise TypeError(f"the lr of parameter group {number} must be a number or a tensor, got {group['lr']!r}")
 
 
 def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor]) -> Plan | None:

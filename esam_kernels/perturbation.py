@@ -17,7 +17,7 @@ from esam_kernels.ascent import ASCENTS
 from esam_kernels.backends import reference, resolve
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
-from esam_kernels.fused_update import plan_update, restore_and_step
+from esam_kernels.fused_update import check_rates, plan_update, restore_and_step
 from esam_kernels.selection import check_share
 from esam_kernels.tensor_lists import are_alike, gradients
 
@@ -310,7 +310,12 @@ class StochasticWeightPerturbation:
         self._finish()
 
     def restore_and_update(self, base: Optimizer) -> None:
-        """Put the old weights back and let the base optimizer take its step, in one pass where that is possible."""
+        """Put the old weights back and let the base optimizer take its step, in one pass where that is possible.
+
+        Raises:
+            TypeError: a group's lr is neither a number nor a tensor. The weights are still perturbed then.
+        """
+        check_rates(base)
         fuses = bool(self._perturbed) and not (self._is_tied or self.is_sharded)
         plan = plan_update(base, self.backend, self.params) if fuses else None
         if plan is not None:
