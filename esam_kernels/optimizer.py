@@ -104,6 +104,7 @@ class ESAM(WrappedOptimizer):
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
+        StochasticWeightPerturbation.check({"ascent": ascent, "flatten": flatten})
         rho = rho_or_default(rho, ascent)
         check_gamma(gamma, ascent)
         self._gamma = float(gamma)
@@ -264,7 +265,7 @@ class ESAM(WrappedOptimizer):
         samples = batch_size(tensors)
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
-        check_logits(logits_after, target, label_smoothing)
+        check_logits(logits_after, target, label_smoothing, ignore_index)
         k = num_selected(self.gamma, samples)
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
@@ -324,7 +325,8 @@ class ESAM(WrappedOptimizer):
         ``step(losses, *batch)`` is Algorithm 1: ``losses(*batch)`` returns one loss per sample, shape (b,), and is
         called on the batch, again on it under ``no_grad`` with the weights perturbed (unless gamma = 1), and on B+.
         It may return a tuple, (losses, anything else). Gradients that are there before are dropped; those of the last
-        pass stay in ``.grad``.
+        pass stay in ``.grad``, except with ascent="previous", which keeps them for the next step: ``.grad`` is None
+        then, unless somebody else holds the gradient.
 
         ``step(closure)`` takes a closure that computes loss and gradients, as torch's optimizers do, and calls it
         before and after the perturbation. Where new gradients are there already (the convention of the common two-step

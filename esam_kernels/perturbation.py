@@ -86,6 +86,9 @@ class StochasticWeightPerturbation:
             elif name in _CHOICES:
                 if value not in _CHOICES[name]:
                     raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+            elif name == "flatten":
+                if not (value is None or isinstance(value, bool)):
+                    raise ValueError(f"flatten must be True, False or None, got {value!r}")
             elif name in ("seed", "step"):
                 if not (isinstance(value, int) and 0 <= value < 2**63):
                     raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
@@ -96,14 +99,16 @@ class StochasticWeightPerturbation:
         """Take over the parameters of these groups, and flatten them.
 
         Raises:
-            ValueError: parameters that are complex, not dense or partly shared, or that cannot be flattened though
-                ``flatten`` is True.
+            ValueError: parameters that are complex, on the meta device, not dense or partly shared, or that cannot be
+                flattened though ``flatten`` is True.
             RuntimeError: the backend that was asked for is not available.
         """
         params = [param for group in param_groups for param in group["params"]]
         for i, param in enumerate(params):
             if param.is_complex():
                 raise ValueError(f"parameter {i} is complex ({param.dtype}): only real parameters can be perturbed")
+            if param.is_meta:
+                raise ValueError(f"parameter {i} is on the meta device, without values: give the model memory first")
             if param.layout is not torch.strided or not is_dense(param):
                 raise ValueError(f"parameter {i} (shape {tuple(param.shape)}) is not dense: make it contiguous")
             resolve(self.backend, param.device)

@@ -38,15 +38,18 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
         those that are not ignored, and 0 where all are.
 
     Raises:
+        TypeError: logits or target that are no tensors, or an ignore_index that is no integer.
         ValueError: shapes or dtypes that fit none of the layouts, or label_smoothing outside [0, 1].
         IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
 
     Differentiable with respect to ``logits``, twice.
     """
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor) and isinstance(ignore_index, int)):
+        _check_kinds(logits, target, ignore_index)
     shortcut = ops.direct("", logits.device)
     if shortcut and (losses := shortcut.cross_entropy(logits, target, label_smoothing, ignore_index)) is not None:
         return losses  # type: ignore[no-any-return]
-    dim = check_logits(logits, target, label_smoothing)
+    dim = check_logits(logits, target, label_smoothing, ignore_index)
     classes, samples = logits.shape[dim], logits.shape[0]
     labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
@@ -61,8 +64,26 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
     return losses.sum(dim=1) / counted.clamp(min=1)
 
 
-def check_logits(logits: Tensor, target: Tensor, label_smoothing: float) -> int:
+def _check_kinds(logits: Any, target: Any, ignore_index: Any) -> None:
+    _check_tensors(logits=logits, target=target)
+    _check_integer("ignore_index", ignore_index)
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    """Integers of other libraries, numpy's for one, are integers."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_logits(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> int:
     """The dimension of the classes."""
+    _check_kinds(logits, target, ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not logits.is_floating_point() or logits.dim() < 2:
@@ -125,8 +146,12 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
         for the device.
 
     Raises:
+        TypeError: losses that are no tensors, or a k that is no integer.
         ValueError: losses of other shapes, of different sizes, or a k outside [1, b].
     """
+    if not (isinstance(loss_before, Tensor) and isinstance(loss_after, Tensor) and isinstance(k, int)):
+        _check_tensors(loss_before=loss_before, loss_after=loss_after)
+        _check_integer("k", k)
     shortcut = ops.direct("", loss_before.device)
     if shortcut and (indices := shortcut.select(loss_before, loss_after, k)) is not None:
         return indices  # type: ignore[no-any-return]
@@ -147,13 +172,15 @@ def gather(indices: Tensor, *tensors: Any) -> Any:
 
     Raises:
         ValueError: tensors with different numbers of samples, or without a batch dimension.
-        TypeError: something else that cannot be indexed by sample.
+        TypeError: indices that are no tensor, or something else that cannot be indexed by sample.
     """
     return gather_on("", indices, *tensors)
 
 
 def gather_on(backend: str, indices: Tensor, *tensors: Any) -> Any:
     """:func:`gather` on a backend of that name, "" for the default of the device."""
+    if not isinstance(indices, Tensor):
+        _check_tensors(indices=indices)
     batch_size(tensors)
     return _with_rows(tensors, lambda given: ops.gather_rows(given, indices, backend))
 

@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 
-from esam_kernels import ESAM, gather, select
+from esam_kernels import ESAM, backends, cross_entropy, gather, select
 
 
 def trained(**kwargs):
@@ -118,3 +118,42 @@ def test_gather_refuses_what_cannot_be_indexed_by_sample():
         gather(indices, torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="indices must be int64"):
         gather(torch.tensor([0.5]), torch.ones(3))
+
+
+LOGITS, TARGET, LOSSES = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.arange(4.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cross_entropy([[0.0, 1.0]], TARGET), "logits must be a tensor, got list"),
+        (lambda: cross_entropy(LOGITS, None), "target must be a tensor, got NoneType"),
+        (lambda: cross_entropy(LOGITS, TARGET, ignore_index=-100.0), "ignore_index must be an integer, got -100.0"),
+        (lambda: cross_entropy(LOGITS, TARGET, ignore_index=None), "ignore_index must be an integer, got None"),
+        (lambda: select([1.0, 2.0], LOSSES, 1), "loss_before must be a tensor, got list"),
+        (lambda: select(LOSSES, [1.0, 2.0], 1), "loss_after must be a tensor, got list"),
+        (lambda: select(LOSSES, LOSSES, 2.0), "k must be an integer, got 2.0"),
+        (lambda: gather([0, 1], LOGITS), "indices must be a tensor, got list"),
+        (lambda: trained()[1].select_from_logits(LOSSES, LOGITS, [0], LOGITS), "target must be a tensor, got list"),
+        (
+            lambda: trained()[1].select_from_logits(LOSSES, LOGITS, TARGET, LOGITS, ignore_index=1.0),
+            "ignore_index must be an integer, got 1.0",
+        ),
+    ],
+)
+def test_what_is_no_tensor_or_no_integer_is_refused_by_name(call, message, backend, monkeypatch):
+    if backends.unavailable(backend, torch.device("cpu")) is not None:
+        pytest.skip(f"{backend} is not available")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numpy_integers_are_integers():
+    import numpy as np
+
+    assert select(-LOSSES, LOSSES, np.int64(2)).tolist() == [2, 3]
+    expected = cross_entropy(LOGITS, TARGET, ignore_index=0)
+    assert torch.equal(cross_entropy(LOGITS, TARGET, ignore_index=np.int64(0)), expected)
+    assert expected[0] == 0.0

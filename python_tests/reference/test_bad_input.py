@@ -37,6 +37,12 @@ SHARES = [0.0, -0.1, 1.0001, math.nan, math.inf, "0.5", None, True]
         ({"eps": math.nan}, ValueError, r"eps must be finite and not negative, got nan"),
         ({"mask": "row"}, ValueError, r"mask must be one of \('tensor', 'element'\), got 'row'"),
         ({"radius": "half"}, ValueError, r"radius must be one of \('paper', 'released'\), got 'half'"),
+        *[
+            ({"ascent": value}, ValueError, r"ascent must be one of \('current', 'previous', 'momentum'\), got ")
+            for value in (None, 1, ["current"], "sideways")
+        ],
+        ({"flatten": "yes"}, ValueError, r"flatten must be True, False or None, got 'yes'"),
+        ({"flatten": 1}, ValueError, r"flatten must be True, False or None, got 1"),
         ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\^63\), got -1"),
         ({"seed": 2**63}, ValueError, r"seed must be an integer"),
         ({"seed": 0.5}, ValueError, r"seed must be an integer"),
@@ -119,6 +125,15 @@ def test_a_complex_parameter_is_refused():
     model = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))])
     message = r"parameter 1 is complex \(torch.complex64\)"
     oracles.assert_refused(lambda: SAM(model.parameters(), torch.optim.SGD, lr=0.1), ValueError, message, model)
+
+
+def test_parameters_on_the_meta_device_are_refused():
+    params = list(nn.Linear(3, 3, device="meta").parameters())
+    with pytest.raises(ValueError, match="parameter 0 is on the meta device, without values"):
+        ESAM(params, torch.optim.SGD, lr=0.1)
+    model, optimizer = trained()
+    group = {"params": params}
+    oracles.assert_refused(lambda: optimizer.add_param_group(group), ValueError, "meta device", model, optimizer)
 
 
 def test_a_parameter_with_gaps_in_its_memory_is_refused():
