@@ -33,7 +33,7 @@ codegen: $(READY)
 
 # The CPU's share of the benchmarks: rows and plots under benchmarks/results, and the README's tables from them.
 bench: $(READY)
-	$(RUN) -m benchmarks.run --suite all --device cpu --minutes 5
+	$(RUN) -m benchmarks.run --suite all --device cpu --minutes 4.5
 	$(RUN) -m benchmarks.readme
 	$(RUN) -m benchmarks.plots
 

@@ -1,4 +1,4 @@
-"""The benchmark suite: ``python -m benchmarks.run --suite all --device cpu --minutes 5``.
+"""The benchmark suite: ``python -m benchmarks.run --suite all --device cpu --minutes 4.5``.
 
 Measures, writes the rows under benchmarks/results/<device>/, and prints one table a suite. Cases that the minutes do
 not hold are named and left out; their earlier rows stay.
