@@ -106,6 +106,8 @@ class PreviousGradient(CurrentGradient):
                 self._history[i] = self._places[i].copy_(grads[j])
             else:
                 self._history[i] = torch.empty_like(params[i]).copy_(grads[j].detach())
+                if self.in_place:  # also of what no step has drawn yet
+                    self._places[i] = self._history[i]
 
     def prepare(self, params: Sequence[Tensor]) -> None:
         """A history of zeros, which perturbs nothing, where there is none."""

@@ -39,6 +39,18 @@ def test_replays_are_eager_steps_bit_for_bit(backend_name, device, mask, base, a
 
 @masks
 @bases
+@pytest.mark.parametrize("ascent", ["previous", "momentum"])
+def test_replays_with_one_pass_are_eager_steps_bit_for_bit(backend_name, device, mask, base, ascent):
+    options = {"mask": mask, "ascent": ascent, "gamma": 1.0, "rho": 0.5}
+    step, graphed, eager = graphed_and_eager(device, backend_name, base, **options)
+    for number, batch in enumerate(batches(device, STEPS)):
+        loss, expected = step(*batch), eager.step(batch)
+        assert torch.equal(loss, expected), number
+    assert_same_weights(graphed, eager)
+
+
+@masks
+@bases
 def test_lr_rho_and_gamma_change_between_replays(backend_name, device, mask, base):
     step, graphed, eager = graphed_and_eager(device, backend_name, base, mask=mask)
     # Three values of gamma and the draws come together again after 3 * DRAW_POOL steps.

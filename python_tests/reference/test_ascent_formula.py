@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, backends, cross_entropy
+from esam_kernels.ascent import PreviousGradient
 from esam_kernels.schedules import CosineSchedule, LinearSchedule
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -135,3 +136,19 @@ def test_the_draws_of_these_steps_differ_and_leave_tensors_out():
     draws = [tuple(oracles.drawn_tensors(SEED, t, 0.5, 4)) for t in range(1, STEPS)]
     assert len(set(draws)) > 2
     assert all(len(draw) < 4 for draw in draws)
+
+
+def test_a_captured_steps_history_stays_in_its_place_whether_it_is_drawn_or_not():
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    ascent = PreviousGradient()
+    ascent.in_place = True
+    places = []
+    for step in range(4):
+        for number, param in enumerate(params):
+            param.grad = torch.full_like(param, 10.0 * number + step)
+        ascent.directions(params, [0], torch.optim.SGD(params))
+        ascent.remember(params)
+        history = ascent.state()
+        assert [history[number].tolist() for number in range(2)] == [[step] * 3, [10.0 + step] * 3]
+        places.append([history[number].data_ptr() for number in range(2)])
+    assert places == [places[0]] * 4
