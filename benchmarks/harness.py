@@ -27,6 +27,8 @@ COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 MAX_ROUNDS = 1000
 # The first calls may compile, allocate or load: they are not part of anything.
 WARM_UP_ROUNDS = 2
+# Seconds: code that the caches have lost costs some tens of microseconds.
+SHORT_ROUND = 5e-3
 # A case that has taken this many times its seconds stops, with at least so many rounds.
 OVERTIME, FEWEST_ROUNDS = 3, 3
 
@@ -174,8 +176,9 @@ def measure(
     """Time ``contenders``, of which the first is ours, in alternation.
 
     A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours;
-    then a plain copy, and an untimed run of who comes next: the copy has emptied the caches of code as well. There are
-    at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as ``seconds`` hold.
+    then a plain copy, and in a case of microseconds an untimed run of each: the copy has emptied the caches of code as
+    well. There are at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as
+    ``seconds`` hold.
     """
     ours, *peers = contenders
     if ours.name != OURS:
@@ -209,7 +212,9 @@ def measure(
             result.ours.append(samplers[OURS]())
         if copy_sampler:
             result.copies.append(copy_sampler())
-            samplers[OURS if number % 2 == 0 or not peers else peers[0].name]()
+            if sum(result.times(contender.name)[-1] for contender in contenders) < SHORT_ROUND:
+                for sample in samplers.values():
+                    sample()
         elapsed = time.perf_counter() - start
         enough = min(min_rounds, FEWEST_ROUNDS) if elapsed > OVERTIME * seconds else min_rounds
         if number >= max_rounds or (number >= enough and elapsed >= seconds):
