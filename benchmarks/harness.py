@@ -8,6 +8,7 @@ before leaves the caches and the allocator to who comes next.
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -175,7 +176,8 @@ def measure(
 ) -> Measurement:
     """Time ``contenders``, of which the first is ours, in alternation.
 
-    A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours;
+    A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours,
+    the peers in random order;
     then a plain copy, and in a case of microseconds an untimed run of each: the copy has emptied the caches of code as
     well. There are at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as
     ``seconds`` hold.
@@ -201,9 +203,10 @@ def measure(
     if copy_sampler:
         copy_sampler()
     result.pairs = {peer.name: [] for peer in peers}
+    shuffled = random.Random(0)
     start = time.perf_counter()
     for number in itertools.count(1):
-        for peer in peers:
+        for peer in shuffled.sample(peers, len(peers)):
             pair = (OURS, peer.name) if number % 2 else (peer.name, OURS)
             times = {name: samplers[name]() for name in pair}
             result.ours.append(times[OURS])
