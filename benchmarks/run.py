@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def give_back_memory() -> None:
-    """Begin the next case with the heap of a new process: what one leaves behind decides how the next one's pages come."""
+    """Let the next case begin with the heap of a new process: it decides how its pages come."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc's; other libraries have none
         ctypes.CDLL(None).malloc_trim(0)
