@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
+import sys
+
 import pytest
 import torch
 from tensors import FLOATS
@@ -109,3 +113,16 @@ def test_losses_selection_and_rows_of_one_operator_are_the_references(kernels, l
     expected, expected_rows = ops.select_gather(*arguments, backend="reference")
     assert torch.equal(found, expected)
     assert all(map(torch.equal, rows, expected_rows))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="MAP_32BIT is x86-64 Linux's")
+def test_memory_below_two_gigabytes_is_gathered_too():
+    """There an address is a 32-bit argument of the kernel. Where the heap lies is the system's choice, run by run."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40  # MAP_32BIT
+    with mmap.mmap(-1, 4096, flags=flags) as memory:
+        low = torch.frombuffer(memory, dtype=torch.int32, count=64).view(8, 8)
+        assert low.data_ptr() < 2**31
+        low.copy_(torch.arange(64, dtype=torch.int32).view(8, 8))
+        (rows,) = ops.gather([low], torch.tensor([1, 6]), backend="triton")
+        assert rows.tolist() == [list(range(8, 16)), list(range(48, 56))]
+        del low

@@ -122,8 +122,11 @@ def gather_kernel(
     row = (program // tiles * ROWS + tl.arange(0, ROWS))[:, None]
     lane = (program % tiles * BLOCK + tl.arange(0, BLOCK))[None, :]
     index = tl.load(indices_ptr + row, mask=row < rows, other=-1)
-    source_ptr = tl.multiple_of(source.to(tl.pointer_type(LANE)), VECTOR * LANE.primitive_bitwidth // 8)
-    destination_ptr = tl.multiple_of(destination.to(tl.pointer_type(LANE)), VECTOR * LANE.primitive_bitwidth // 8)
+    # an address below 2^31 comes as a 32-bit argument
+    source_ptr = source.to(tl.int64).to(tl.pointer_type(LANE))
+    source_ptr = tl.multiple_of(source_ptr, VECTOR * LANE.primitive_bitwidth // 8)
+    destination_ptr = destination.to(tl.int64).to(tl.pointer_type(LANE))
+    destination_ptr = tl.multiple_of(destination_ptr, VECTOR * LANE.primitive_bitwidth // 8)
     # an index outside the batch names no row: it gives zeros, not somebody else's memory
     mask = (index >= 0) & (index < batch) & (lane < lanes)
     x = tl.load(source_ptr + index * (row_stride // VECTOR * VECTOR) + lane, mask=mask, other=0)
