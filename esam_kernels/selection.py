@@ -252,6 +252,16 @@ def batch_size(batch: Any) -> int:
     return sizes[0]
 
 
+def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
+    """What a closure returned: the losses, checked, and the rest of a tuple (None if there is none)."""
+    losses, rest = returned, None
+    if isinstance(returned, tuple) and returned:
+        losses, *others = returned
+        rest = others[0] if len(others) == 1 else tuple(others)
+    check_losses(losses, samples)
+    return losses, rest
+
+
 def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ...]]:
     """The batch in parts of at most ``micro_batch`` samples, in order; None: in one part.
 

@@ -36,6 +36,12 @@ def recipe(settings: Settings, data: str) -> tuple[list[str], int | None]:
     return words, settings.choose(smoke=256, small=small_limit, paper=None)
 
 
+def units_of_esam(settings: Settings, measure: Callable[[Trainer], list[Row]]) -> list[Unit]:
+    """Trainings with ESAM on each data set."""
+    names = settings.data.available("cifar10", "cifar100")
+    return [unit for name in names for unit in units_of(settings, name, "esam", ["--optimizer", "esam"], measure)]
+
+
 def shares_of(options: argparse.Namespace) -> dict[str, float]:
     """rho, beta and gamma of a training with ESAM."""
     rho = 0.05 if options.rho is None else options.rho

@@ -1,7 +1,8 @@
 // Stores past the caches. Included once per instruction set, inside its namespace.
 //
 // An ordinary store first reads the line that it writes to. Where all of a line is written, and nobody reads it soon,
-// a non-temporal store spares that third of the traffic.
+// a non-temporal store spares that third of the traffic. The portable build has no such store, and no loop over lines:
+// gcc 12 rounds the second multiply_add of some of their elements twice where it vectorises them for SSE2.
 
 constexpr int64_t kLineBytes = 64;
 constexpr bool kCanStream = kVectorBytes > 16;

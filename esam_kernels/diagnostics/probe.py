@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from esam_kernels import distributed
 from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.flat_buffer import is_dense, owners
-from esam_kernels.optimizer import ESAM, _losses_and_rest
-from esam_kernels.selection import batch_size, gather, split
+from esam_kernels.optimizer import ESAM
+from esam_kernels.selection import batch_size, gather, losses_and_rest, split
 from esam_kernels.training_modes import RandomState
 
 Result = TypeVar("Result")
@@ -158,7 +158,7 @@ class Probe:
         self._restore_buffers()
         with self._noise.replay():
             for part in split(self.batch if batch is None else batch, self._micro_batch):
-                losses, _ = _losses_and_rest(self._closure(*part), batch_size(part))
+                losses, _ = losses_and_rest(self._closure(*part), batch_size(part))
                 results.append(use(losses))
         return results
 

@@ -164,13 +164,17 @@ Ties go to the lower index, NaN ranks last, -0.0 equals 0.0. Nothing waits for t
 """
 
 
+def _check_rows(tensors: list[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+
+
 def _gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
     check(
         indices.dim() == 1 and indices.dtype == torch.int64,
         lambda: f"indices must be int64 (k,), got {indices.dtype} {tuple(indices.shape)}",
     )
-    for i, tensor in enumerate(tensors):
-        check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    _check_rows(tensors)
     rows: list[Tensor] = resolve(backend, indices.device).gather(tensors, indices)
     return rows
 
@@ -224,8 +228,7 @@ def _select_gather(
     backend: str = "",
 ) -> tuple[Tensor, list[Tensor]]:
     _check_looks(before, after, target, k)
-    for i, tensor in enumerate(tensors):
-        check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+    _check_rows(tensors)
     module = resolve(backend, after.device)
     in_one_launch = getattr(module, "losses_select_gather", None)
     if in_one_launch is not None:

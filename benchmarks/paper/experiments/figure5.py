@@ -13,7 +13,6 @@ from benchmarks.paper.experiment import Claim, Experiment, Settings, Unit
 from benchmarks.rows import Row
 from esam_kernels.diagnostics import SplitLosses, split_losses
 
-OPTIMIZER = ("--optimizer", "esam")
 CURVES = {
     "selected": "B+, w",
     "rest": "B-, w",
@@ -42,10 +41,7 @@ def measure(trainer: Trainer) -> list[Row]:
 
 
 def units(settings: Settings) -> list[Unit]:
-    names = settings.data.available("cifar10", "cifar100")
-    return [
-        unit for name in names for unit in curves.units_of(settings, name, "esam", ["--optimizer", "esam"], measure)
-    ]
+    return curves.units_of_esam(settings, measure)
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -14,7 +14,6 @@ from benchmarks.paper.experiment import Claim, Experiment, Settings, Unit
 from benchmarks.rows import Row
 from esam_kernels.diagnostics import GradientCosine, gradient_cosine
 
-OPTIMIZER = ("--optimizer", "esam")
 CURVES = {"selected": "B+", "random": "random", "rest": "B-"}
 CLAIMS = (
     ("the gradient of B+ is closer to that of B than a random part's is, in every epoch", "selected", "random"),
@@ -42,10 +41,7 @@ def measure(trainer: Trainer) -> list[Row]:
 
 
 def units(settings: Settings) -> list[Unit]:
-    names = settings.data.available("cifar10", "cifar100")
-    return [
-        unit for name in names for unit in curves.units_of(settings, name, "esam", ["--optimizer", "esam"], measure)
-    ]
+    return curves.units_of_esam(settings, measure)
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
