@@ -2,7 +2,8 @@
 
 Written anew from what the published code is known to do (not from its text):
 
-* e = (rho / beta) T^2 g / (||T g|| + 1e-7) in a loop over the tensors, the norm as the norm of the stacked norms;
+* e = (rho / beta) T^2 g / (||T g|| + 1e-7) in a loop over the tensors, the norm as the norm of the stacked norms, T = 1
+  multiplied out, and e multiplied by 1 once more before it is added: six operations a tensor;
 * whole tensors are drawn with Python's ``random`` by toggling ``requires_grad``;
 * e is kept in the optimizer's state, added to the weights, and subtracted again;
 * B+ is what lies strictly above the k-th largest rise, taken by a boolean mask.
@@ -56,7 +57,7 @@ def loop_perturb(
         e = (w.pow(2) if adaptive else 1.0) * g * scale.to(w)
         if element_beta < 1.0:
             e = e * torch.bernoulli(torch.full_like(w, element_beta))
-        w.add_(e)
+        w.add_(e * 1)
         moves.append(e)
     return moves
 

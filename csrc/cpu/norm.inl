@@ -27,16 +27,13 @@ inline DoubleVector load_doubles(const double* values) {
   return result;
 }
 
-// Asks for the line that a stream of reads will come to: the hardware's own prefetching ends with the page.
-inline void prefetch(const void* address) { __builtin_prefetch(static_cast<const char*>(address) + 4096); }
-
 // The sum of f(i) over [0, n): `vector(i)` gives elements i .. i + kDoubles, `scalar(i)` one. They read `values`.
 template <typename C, typename VectorTerm, typename ScalarTerm>
 inline double sum_in_lanes(const C* values, int64_t n, VectorTerm vector, ScalarTerm scalar) {
   DoubleVector sums[kNormVectors] = {};
   int64_t i = 0;
   for (; i + kNormLanes <= n; i += kNormLanes) {
-    for (int lane = 0; lane < kNormLanes; lane += 64 / sizeof(C)) prefetch(values + i + lane);
+    prefetch(values + i, kNormLanes * sizeof(C));
 #pragma GCC unroll 16
     for (int v = 0; v < kNormVectors; ++v) sums[v] += vector(i + v * kDoubles);
   }

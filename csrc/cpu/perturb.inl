@@ -1,6 +1,7 @@
 // Stochastic Weight Perturbation of one piece (Eq. 4 and 5). Included once per instruction set, inside its namespace.
 
-constexpr int64_t kMaskBuffer = 1024;  // Philox words at a time: 4 KiB, at home in the first-level cache
+// Elements at a time: so few that the processor draws the next ones' words while it waits for these ones' memory.
+constexpr int64_t kPerturbBlock = 64;
 
 // Rounded after each operation, as the reference does it, so that the two agree bit for bit.
 template <typename T, bool kAdaptive>
@@ -16,7 +17,7 @@ inline T moved(T param, T grad, Compute<T> factor, Compute<T> eta) {
 
 // `backup` may be `grad`: each element is read before it is written, so no iteration depends on another.
 template <typename T, bool kAdaptive>
-void perturb_all(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta) {
+inline void perturb_all(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i];
@@ -26,8 +27,8 @@ void perturb_all(T* param, const T* grad, T* backup, int64_t n, Compute<T> facto
 }
 
 template <typename T, bool kAdaptive>
-void perturb_drawn(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta,
-                   const uint32_t* words, uint32_t bound) {
+inline void perturb_drawn(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta,
+                          const uint32_t* words, uint32_t bound) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i];
@@ -40,20 +41,34 @@ void perturb_drawn(T* param, const T* grad, T* backup, int64_t n, Compute<T> fac
   }
 }
 
+// Calls body(start, size) for the blocks of a piece, having asked for memory further on. Whole blocks get their size as
+// a constant.
+template <typename T, typename Body>
+inline void for_each_block_ahead(const T* param, const T* grad, int64_t n, const Body& body) {
+  int64_t start = 0;
+  for (; start + kPerturbBlock <= n; start += kPerturbBlock) {
+    prefetch(param + start, kPerturbBlock * sizeof(T));
+    prefetch(grad + start, kPerturbBlock * sizeof(T));
+    body(start, kPerturbBlock);
+  }
+  if (start < n) body(start, n - start);
+}
+
 template <typename T, bool kAdaptive>
 void perturb_with(T* param, const T* grad, T* backup, int64_t n, int64_t element, const PerturbScalars& scalars) {
   const Compute<T> factor = static_cast<Compute<T>>(scalars.factor), eta = static_cast<Compute<T>>(scalars.eta);
   if (scalars.mask == nullptr) {
-    perturb_all<T, kAdaptive>(param, grad, backup, n, factor, eta);
+    for_each_block_ahead(param, grad, n, [=](int64_t i, int64_t size) __attribute__((always_inline)) {
+      perturb_all<T, kAdaptive>(param + i, grad + i, backup + i, size, factor, eta);
+    });
     return;
   }
   const ElementMask& mask = *scalars.mask;
-  alignas(64) uint32_t words[kMaskBuffer];
-  for (int64_t start = 0; start < n; start += kMaskBuffer) {
-    const int64_t size = std::min(kMaskBuffer, n - start);
-    philox_words(static_cast<uint64_t>(element + start) / 4, (size + 3) / 4, mask.step, mask.seed, words);
-    perturb_drawn<T, kAdaptive>(param + start, grad + start, backup + start, size, factor, eta, words, mask.bound);
-  }
+  for_each_block_ahead(param, grad, n, [=](int64_t i, int64_t size) __attribute__((always_inline)) {
+    alignas(64) uint32_t words[kPerturbBlock];
+    philox_block(static_cast<uint64_t>(element + i) / 4, mask.step, mask.seed, words);
+    perturb_drawn<T, kAdaptive>(param + i, grad + i, backup + i, size, factor, eta, words, mask.bound);
+  });
 }
 
 template <typename T>

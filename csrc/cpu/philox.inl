@@ -85,3 +85,17 @@ inline void philox_words(uint64_t first, int64_t n, uint64_t step, uint64_t seed
     for (int j = 0; j < 4; ++j) words[4 * i + j] = four.word[j];
   }
 }
+
+// The words of so many counters, a constant: no loop remains.
+constexpr int kBlockCounters = 16;
+
+inline void philox_block(uint64_t first, uint64_t step, uint64_t seed, uint32_t* words) {
+#if defined(__x86_64__)
+  Lanes counters = counters_from(first);
+  for (int i = 0; i < kBlockCounters; i += kCounters, counters += kCounters) {
+    philox_vector(counters, step, seed, words + 4 * i);
+  }
+#else
+  philox_words(first, kBlockCounters, step, seed, words);
+#endif
+}
