@@ -47,7 +47,9 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
     "-fopenmp",
     "-g0",
-    "-Wno-maybe-uninitialized",  # gcc 12 warns about its own AVX-512 header
+    # gcc 12 warns about its own AVX-512 header.
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 
 

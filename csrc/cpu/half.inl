@@ -47,40 +47,36 @@ using Bits = typename BitsType<T>::type;
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }
 
-inline float load(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+// The bits of a storage type in 32-bit lanes, and the value that they stand for.
+template <typename T>
+inline float value_of(uint32_t bits);
+template <typename T>
+inline uint32_t bits_of(float value);
 
-inline float load(Float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7FFF) << 13;
+template <>
+inline float value_of<BFloat16>(uint32_t bits) {
+  return bit_cast<float>(bits << 16);
+}
+
+template <>
+inline float value_of<Float16>(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000) << 16;
+  const uint32_t magnitude = (bits & 0x7FFF) << 13;
   // Rebias the exponent by 127 - 15; infinities and NaNs need it once more. The product is exact, subnormals included.
   const float finite = bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude | 0x7F800000u;
-  const uint32_t bits = magnitude >= (0x7C00u << 13) ? special : bit_cast<uint32_t>(finite);
-  return bit_cast<float>(bits | sign);
-}
-
-template <typename T>
-inline T store(Compute<T> value);
-
-template <>
-inline float store<float>(float value) {
-  return value;
-}
-template <>
-inline double store<double>(double value) {
-  return value;
+  return bit_cast<float>((magnitude >= (0x7C00u << 13) ? special : bit_cast<uint32_t>(finite)) | sign);
 }
 
 template <>
-inline BFloat16 store<BFloat16>(float value) {
+inline uint32_t bits_of<BFloat16>(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded)};
+  return value != value ? 0x7FC0u : rounded;
 }
 
 template <>
-inline Float16 store<Float16>(float value) {
+inline uint32_t bits_of<Float16>(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -90,13 +86,34 @@ inline Float16 store<Float16>(float value) {
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= 0x477FF000u ? 0x7C00u : result;  // 65520 and above round to infinity
   result = magnitude > 0x7F800000u ? 0x7E00u : result;
-  return {static_cast<uint16_t>(result | sign)};
+  return result | sign;
+}
+
+inline float load(BFloat16 value) { return value_of<BFloat16>(value.bits); }
+inline float load(Float16 value) { return value_of<Float16>(value.bits); }
+
+template <typename T>
+inline T store(Compute<T> value) {
+  return {static_cast<Bits<T>>(bits_of<T>(value))};
+}
+template <>
+inline float store<float>(float value) {
+  return value;
+}
+template <>
+inline double store<double>(double value) {
+  return value;
 }
 
 // The value after a trip through memory: torch's unfused optimizers round to the storage type after every operation.
+// It stays in 32-bit lanes.
 template <typename T>
 inline Compute<T> rounded(Compute<T> value) {
-  return load(store<T>(value));
+  if constexpr (std::is_same<T, Compute<T>>::value) {
+    return value;
+  } else {
+    return value_of<T>(bits_of<T>(value));
+  }
 }
 
 // a * b + c, rounded once, as torch's vectorised kernels do it. Without an instruction for it, float32 goes by way of

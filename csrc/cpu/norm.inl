@@ -21,6 +21,20 @@ inline DoubleVector load_doubles(const float* values) {
 #endif
 }
 
+inline DoubleVector load_doubles(const BFloat16* values) {
+#if ESAM_VECTOR_BYTES == 64
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  return (DoubleVector)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+#elif ESAM_VECTOR_BYTES == 32
+  const __m128i words = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
+  return (DoubleVector)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(words, 16)));
+#else
+  DoubleVector result;
+  for (int lane = 0; lane < kDoubles; ++lane) result[lane] = load(values[lane]);
+  return result;
+#endif
+}
+
 inline DoubleVector load_doubles(const double* values) {
   DoubleVector result;
   __builtin_memcpy(&result, values, sizeof(result));
@@ -28,12 +42,12 @@ inline DoubleVector load_doubles(const double* values) {
 }
 
 // The sum of f(i) over [0, n): `vector(i)` gives elements i .. i + kDoubles, `scalar(i)` one. They read `values`.
-template <typename C, typename VectorTerm, typename ScalarTerm>
-inline double sum_in_lanes(const C* values, int64_t n, VectorTerm vector, ScalarTerm scalar) {
+template <typename T, typename VectorTerm, typename ScalarTerm>
+inline double sum_in_lanes(const T* values, int64_t n, VectorTerm vector, ScalarTerm scalar) {
   DoubleVector sums[kNormVectors] = {};
   int64_t i = 0;
   for (; i + kNormLanes <= n; i += kNormLanes) {
-    prefetch(values + i, kNormLanes * sizeof(C));
+    prefetch(values + i, kNormLanes * sizeof(T));
 #pragma GCC unroll 16
     for (int v = 0; v < kNormVectors; ++v) sums[v] += vector(i + v * kDoubles);
   }
@@ -46,17 +60,20 @@ inline double sum_in_lanes(const C* values, int64_t n, VectorTerm vector, Scalar
   return lanes[0];
 }
 
-// Half precision passes through a buffer in the first-level cache; float32 and float64 are read where they are.
-constexpr int64_t kNormBuffer = 1024;
+// Half precision is summed so many elements at a time; float16 passes through a buffer in the first-level cache.
+constexpr int64_t kNormBlock = 1024;
 
-template <typename C>
-struct Buffered {
-  C values[kNormBuffer];
+template <typename T>
+struct Readable {
+  const T* read(const T* source, int64_t) { return source; }
+};
 
-  const C* read(const C* source, int64_t) { return source; }
+template <>
+struct Readable<Float16> {
+  float values[kNormBlock];
 
-  template <typename T>
-  const C* read(const T* source, int64_t n) {
+  const float* read(const Float16* source, int64_t n) {
+    prefetch(source, n * sizeof(Float16));
     for (int64_t i = 0; i < n; ++i) values[i] = load(source[i]);
     return values;
   }
@@ -65,37 +82,38 @@ struct Buffered {
 // How much is summed at a time.
 template <typename T>
 inline int64_t norm_block(int64_t n) {
-  return std::is_same<T, Compute<T>>::value ? n : kNormBuffer;
+  return std::is_same<T, Compute<T>>::value ? n : kNormBlock;
 }
 
 template <typename T>
 double squared_norm(const void* grad, int64_t n) {
-  using C = Compute<T>;
-  Buffered<C> buffer;
+  Readable<T> readable;
   double total = 0;
   for (int64_t start = 0; start < n; start += norm_block<T>(n)) {
     const int64_t size = std::min(norm_block<T>(n), n - start);
-    const C* g = buffer.read(static_cast<const T*>(grad) + start, size);
+    const auto* g = readable.read(static_cast<const T*>(grad) + start, size);
     total += sum_in_lanes(
         g, size,
         [=](int64_t i) {
           const DoubleVector x = load_doubles(g + i);
           return x * x;
         },
-        [=](int64_t i) { return static_cast<double>(g[i]) * static_cast<double>(g[i]); });
+        [=](int64_t i) {
+          const double x = load(g[i]);
+          return x * x;
+        });
   }
   return total;
 }
 
 template <typename T>
 double scaled_squared_norm(const void* param, const void* grad, int64_t n, double eta) {
-  using C = Compute<T>;
-  Buffered<C> param_buffer, grad_buffer;
+  Readable<T> readable_param, readable_grad;
   double total = 0;
   for (int64_t start = 0; start < n; start += norm_block<T>(n)) {
     const int64_t size = std::min(norm_block<T>(n), n - start);
-    const C* w = param_buffer.read(static_cast<const T*>(param) + start, size);
-    const C* g = grad_buffer.read(static_cast<const T*>(grad) + start, size);
+    const auto* w = readable_param.read(static_cast<const T*>(param) + start, size);
+    const auto* g = readable_grad.read(static_cast<const T*>(grad) + start, size);
     total += sum_in_lanes(
         g, size,
         [=](int64_t i) {
@@ -104,7 +122,7 @@ double scaled_squared_norm(const void* param, const void* grad, int64_t n, doubl
           return scaled * scaled;
         },
         [=](int64_t i) {
-          const double scaled = static_cast<double>(g[i]) * (std::fabs(static_cast<double>(w[i])) + eta);
+          const double scaled = static_cast<double>(load(g[i])) * (std::fabs(static_cast<double>(load(w[i]))) + eta);
           return scaled * scaled;
         });
   }

@@ -36,6 +36,9 @@ inline void stream_fence() {
 #endif
 }
 
+// Elements at a time: whole lines of every type, and more than gcc unrolls before it vectorises.
+constexpr int64_t kStreamBlock = 64;
+
 // out[i] = element(i), in ordinary stores where `out` is not even aligned to its own type. `element` may read and write
 // other memory at i, but no other element's.
 template <bool kStreams, typename T, typename Element>
@@ -47,11 +50,11 @@ inline void for_each_element(T* out, int64_t n, Element element) {
     const int64_t misaligned = reinterpret_cast<uintptr_t>(out) % kLineBytes / sizeof(T);
     const int64_t head = std::min(n, (kLine - misaligned) % kLine);
     for (; i < head; ++i) out[i] = element(i);
-    for (; i + kLine <= n; i += kLine) {
-      T line[kLine];
+    for (; i + kStreamBlock <= n; i += kStreamBlock) {
+      alignas(kLineBytes) T lines[kStreamBlock];
 #pragma GCC ivdep
-      for (int64_t j = 0; j < kLine; ++j) line[j] = element(i + j);
-      stream_line(out + i, line);
+      for (int64_t j = 0; j < kStreamBlock; ++j) lines[j] = element(i + j);
+      for (int64_t j = 0; j < kStreamBlock; j += kLine) stream_line(out + i + j, lines + j);
     }
     stream_fence();
   }

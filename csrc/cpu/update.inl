@@ -2,10 +2,6 @@
 // The operations are those of torch's single-tensor optimizers on vectors, in their order, rounded where they round:
 // after every operation, to the tensors' type; and the scalar of an addition (add, alpha=) before it, to the same.
 
-// Half precision is bound by its conversions, which are slower a line at a time.
-template <typename T>
-constexpr bool kWorthStreaming = kCanStream && std::is_same<T, Compute<T>>::value;
-
 template <typename T>
 inline Compute<T> addition_scalar(double value) {
   return rounded<T>(static_cast<Compute<T>>(value));
@@ -63,8 +59,8 @@ void sgd(void* param, const void* backup, const void* grad, void* momentum_buffe
   const T* const b = static_cast<const T*>(backup);
   const T* const g = static_cast<const T*>(grad);
   T* const v = static_cast<T*>(momentum_buffer);
-  if (kWorthStreaming<T> && scalars.streams) {
-    sgd_with<T, kWorthStreaming<T>>(w, b, g, v, n, scalars);
+  if (kCanStream && scalars.streams) {
+    sgd_with<T, kCanStream>(w, b, g, v, n, scalars);
   } else {
     sgd_with<T, false>(w, b, g, v, n, scalars);
   }
@@ -116,8 +112,8 @@ template <typename T>
 void adam(const AdamPointers& pointers, int64_t n, const AdamScalars& scalars) {
   if (pointers.max_exp_avg_sq != nullptr) {
     adam_with<T, false, true>(pointers, n, scalars);
-  } else if (kWorthStreaming<T> && scalars.streams) {
-    adam_with<T, kWorthStreaming<T>, false>(pointers, n, scalars);
+  } else if (kCanStream && scalars.streams) {
+    adam_with<T, kCanStream, false>(pointers, n, scalars);
   } else {
     adam_with<T, false, false>(pointers, n, scalars);
   }

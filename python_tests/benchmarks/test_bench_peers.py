@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import peers
 from benchmarks.suites import SGD
@@ -56,6 +57,22 @@ def test_foreach_equals_the_loop():
         results.append((params, moves))
     for loop, foreach in zip(results[0], results[1]):
         torch.testing.assert_close(loop, foreach, rtol=1e-6, atol=1e-8)
+
+
+def test_published_first_step_dispatches_six_operations_a_tensor():
+    # 1 * g, its norm, 1 * g, times the scale, e * 1, and the addition; and a few for the norm of the norms.
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.calls += 1
+            return function(*arguments, **(options or {}))
+
+    tensors = 161  # ResNet-50
+    weights, gradients = ([torch.ones(2) for _ in range(tensors)] for _ in range(2))
+    with Counter() as counter:
+        peers.loop_perturb(weights, gradients, RHO)
+    assert 0 <= counter.calls - 6 * tensors <= 6
 
 
 def test_update_for_compile_is_torch_sgd():
