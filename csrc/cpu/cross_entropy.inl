@@ -16,6 +16,7 @@ struct Block {
 
   template <typename T>
   const float* read(const T* source, int64_t n, float padding) {
+    prefetch(source, n * sizeof(T));
     for (int64_t i = 0; i < n; ++i) values[i] = load(source[i]);
     for (int64_t i = n; i < whole_lanes(n); ++i) values[i] = padding;
     return values;
@@ -100,6 +101,7 @@ inline float max_of(const Stretch& row) {
 inline double sum_of_exponentials(const Stretch& row, float max) {
   FloatVector sums[kVectors] = {};
   row.for_each([&](const float* x) {
+    prefetch(x, kLanes * sizeof(float));
     for (int v = 0; v < kVectors; ++v) sums[v] += exp(load_floats(x + v * kFloats) - max);
   });
   return total_of(sums);
@@ -110,21 +112,18 @@ struct MaxAndSum {
   double sum;  // of exp(x - max)
 };
 
-// A row that fits a block is read, and converted, once.
+// Block by block, each in the first-level cache: where the maximum grows, the sum so far is scaled down (online softmax).
 template <typename T>
 MaxAndSum max_and_sum(const T* logits, int64_t classes) {
   Block block;
-  if (classes <= kBlock) {
-    const Stretch lanes = lanes_of(logits, classes, -INFINITY, block);
-    const float max = max_of(lanes);
-    return {max, sum_of_exponentials(lanes, max)};
-  }
   MaxAndSum row{-INFINITY, 0};
   for_each_block(classes, [&](int64_t start, int64_t size) {
-    row.max = std::max(row.max, max_of(lanes_of(logits + start, size, -INFINITY, block)));
-  });
-  for_each_block(classes, [&](int64_t start, int64_t size) {
-    row.sum += sum_of_exponentials(lanes_of(logits + start, size, -INFINITY, block), row.max);
+    const Stretch lanes = lanes_of(logits + start, size, -INFINITY, block);
+    const float max = std::max(row.max, max_of(lanes));
+    if (max > row.max && row.sum != 0) row.sum *= std::exp(static_cast<double>(row.max) - max);
+    row.max = max;
+    // Where all so far is -inf, 0 in its place: they count nothing, but NaN stays NaN.
+    row.sum += sum_of_exponentials(lanes, std::isinf(max) && max < 0 ? 0.0f : max);
   });
   return row;
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace esam::cpu {
@@ -51,9 +52,10 @@ void select(const double* before, const double* after, int64_t samples, int64_t 
 
 void gather(const Rows& source, const int64_t* indices, int64_t count, char* destination) {
   if (source.row_bytes == 0) return;
+  const auto copy = kernels().copy;
   parallel_for(count, std::max<int64_t>(1, kGrainBytes / source.row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(destination + i * source.row_bytes, source.data + indices[i] * source.row_bytes, source.row_bytes);
+      copy(destination + i * source.row_bytes, source.data + indices[i] * source.row_bytes, source.row_bytes);
     }
   });
 }
