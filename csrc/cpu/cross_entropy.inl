@@ -202,21 +202,39 @@ void cross_entropy_forward(const CrossEntropyRows& rows, int64_t row, float* los
   *loss = static_cast<float>(target_sum * log_sum - product_sum);
 }
 
+// Where the results of a block are computed: in a buffer, or in place where they are float32 in whole lanes.
+template <typename T>
+inline float* room_for(T*, int64_t, Block& block) {
+  return block.values;
+}
+inline float* room_for(float* destination, int64_t n, Block& block) {
+  return n % kLanes == 0 ? destination : block.values;
+}
+
+template <typename T>
+inline void write(T* destination, const float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) destination[i] = store<T>(values[i]);
+}
+
 // grad_logits[i] <- (softmax * target_sum - q) grad_loss, where q = probability * share + uniform
 template <typename T>
 void write_gradient(const T* logits, const float* probability, T* grad_logits, int64_t classes, float lse,
                     float target_sum, float share, float uniform, float grad_loss) {
-  Block logits_block, target_block, result;
+  Block logits_block, target_block, result_block;
   for_each_block(classes, [&](int64_t start, int64_t size) {
     const float* x = logits_block.read(logits + start, size, -INFINITY);
     const float* q = probability == nullptr ? nullptr : target_block.read(probability + start, size, 0);
-    for (int64_t i = 0; i < whole_lanes(size); i += kFloats) {
-      FloatVector target = FloatVector{} + uniform;
-      if (q != nullptr) target += load_floats(q + i) * share;
-      const FloatVector softmax = exp(load_floats(x + i) - lse);
-      store_floats(result.values + i, (softmax * target_sum - target) * grad_loss);
+    float* const result = room_for(grad_logits + start, size, result_block);
+    for (int64_t i = 0; i < whole_lanes(size); i += kLanes) {
+      prefetch(x + i, kLanes * sizeof(float));
+      for (int v = 0; v < kLanes; v += kFloats) {
+        FloatVector target = FloatVector{} + uniform;
+        if (q != nullptr) target += load_floats(q + i + v) * share;
+        const FloatVector softmax = exp(load_floats(x + i + v) - lse);
+        store_floats(result + i + v, (softmax * target_sum - target) * grad_loss);
+      }
     }
-    for (int64_t i = 0; i < size; ++i) grad_logits[start + i] = store<T>(result.values[i]);
+    if (static_cast<const void*>(result) != grad_logits + start) write(grad_logits + start, result, size);
   });
 }
 
