@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import harness, rows, run
+from benchmarks import harness, heap, peers, rows, run
 from benchmarks.cases import TINY, sizes_of
-from benchmarks.suites import Case, Context, loss, memory, overhead, perturb, step
+from benchmarks.suites import Case, Context, kept_heap, loss, memory, overhead, perturb, step
 
 CPU = torch.device("cpu")
-SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step}
+SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step, "kept_heap": kept_heap}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,33 @@ def test_full_run_names_every_case_once():
                 assert f"{network} {dtype} {mask}" in names
     assert {"cross-entropy 4096x32000", "cross-entropy 64x131072 + backward", "gather 512x3x224x224"} <= set(names)
     assert "resnet18 b32 bf16 ESAM(SGD)" in names
+
+
+def test_a_suite_that_keeps_the_heap_says_so_before_its_first_case(monkeypatch):
+    order = []
+    monkeypatch.setattr(heap, "keep", lambda: order.append("keep"))
+    for name in ("overhead", "kept_heap"):
+        cases = [Case(f"a case of {name}", 1.0, lambda _, name=name: order.append(name) or [])]
+        monkeypatch.setattr(SUITES[name], "cases", lambda _, cases=cases: cases)
+        run.run_suite(name, Context(CPU, TINY), harness.time.monotonic() + 100, 1.0, "", None)
+    assert order == ["overhead", "keep", "kept_heap"]
+    # There is no way back: a suite that wants the default heap comes before any that keeps it.
+    keeps = [getattr(module, "KEEPS_HEAP", False) for module in map(run.suite_named, run.SHARES)]
+    assert keeps == sorted(keeps)
+
+
+def test_the_published_way_is_asked_for_as_many_samples_as_ours(monkeypatch):
+    chosen = []
+    published = peers.published_select
+
+    def noting(*arguments):
+        chosen.append(published(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(peers, "published_select", noting)
+    context = Context(CPU, TINY)
+    step.training_step(context, "published", "ESAM", "SGD", "fp32")(*step.batch(context))
+    assert len(chosen[0][0]) == 2  # half of four
 
 
 def test_run_writes_rows_and_names_what_it_left_out(tmp_path, capsys):
