@@ -1,8 +1,8 @@
-"""What glibc does with freed memory decides where the next tensor's pages come from, and a new page costs more than work
-on it: 4 KiB are filled with zeros, at about a microsecond each.
+"""What glibc does with freed memory.
 
-By default glibc gives the top of its heap back whenever enough of it is free. In a training step that happens again and
-again, to one optimizer or the other by chance of where its tensors lie.
+It decides where the next tensor's pages come from, and a new page costs more than the work on it: 4 KiB are filled with
+zeros, at about a microsecond each. By default glibc gives the top of its heap back whenever enough of it is free. In a
+training step that happens again and again, to one optimizer or the other by chance of where its tensors lie.
 """
 
 from __future__ import annotations

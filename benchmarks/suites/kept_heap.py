@@ -1,7 +1,7 @@
 """Norm, perturb, restore and SGD over the first network once more, in a heap that keeps its memory.
 
-In a default heap some of the published way's temporaries lie in new pages, as many as chance will have it. Here nobody's
-do, as in a process with jemalloc or tcmalloc.
+In a default heap some of the published way's temporaries lie in new pages, as many as chance will have it. Here
+nobody's do, as in a process with jemalloc or tcmalloc.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole training steps on 32x32 images: SGD, SAM and ESAM, the published way and ours, same model and batch.
 
 The published way takes one sample fewer than k into B+; it is asked for one more here, so that both do the same work.
-The heap keeps its memory, or page faults in the model's own passes, which no optimizer decides on, would be all there is
-to see.
+The heap keeps its memory, or page faults in the model's own passes, which no optimizer decides on, would be all there
+is to see.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ struct MaxAndSum {
   double sum;  // of exp(x - max)
 };
 
-// Block by block, each in the first-level cache: where the maximum grows, the sum so far is scaled down (online softmax).
+// Block by block, each in the first-level cache: where the maximum grows, the sum so far is scaled down (online
+// softmax).
 template <typename T>
 MaxAndSum max_and_sum(const T* logits, int64_t classes) {
   Block block;

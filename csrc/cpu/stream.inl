@@ -6,8 +6,8 @@
 
 constexpr int64_t kLineBytes = 64;
 
-// Asks the second-level cache for the lines that a stream of reads will come to: the hardware's own prefetching ends with
-// the page.
+// Asks the second-level cache for the lines that a stream of reads will come to: the hardware's own prefetching ends
+// with the page.
 inline void prefetch(const void* position, int64_t bytes) {
   constexpr int64_t kAhead = 8192;
   constexpr int kForReading = 0, kSecondLevel = 2;
@@ -63,8 +63,8 @@ inline void for_each_element(T* out, int64_t n, Element element) {
   for (int64_t j = i; j < n; ++j) out[j] = element(j);
 }
 
-// The C library's copy of many bytes is one instruction, which a page fault interrupts at a high price, or goes past the
-// caches, where the kernel has just filled a new page with zeros.
+// The C library's copy of many bytes is one instruction, which a page fault interrupts at a high price, or goes past
+// the caches, where the kernel has just filled a new page with zeros.
 inline void copy(void* destination, const void* source, int64_t bytes) {
   typedef char Line __attribute__((vector_size(kLineBytes), aligned(1), may_alias));
   char* const to = static_cast<char*>(destination);
@@ -78,6 +78,16 @@ inline void copy(void* destination, const void* source, int64_t bytes) {
 }
 
 inline void stream(void* destination, const void* source, int64_t bytes) {
+  if (!kCanStream) return copy(destination, source, bytes);
+  char* const to = static_cast<char*>(destination);
   const char* const from = static_cast<const char*>(source);
-  for_each_element<kCanStream>(static_cast<char*>(destination), bytes, [=](int64_t i) { return from[i]; });
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % kLineBytes;
+  int64_t i = std::min(bytes, (kLineBytes - misaligned) % kLineBytes);
+  __builtin_memcpy(to, from, i);
+  for (; i + kLineBytes <= bytes; i += kLineBytes) {
+    prefetch(from + i, kLineBytes);
+    stream_line(to + i, from + i);
+  }
+  stream_fence();
+  __builtin_memcpy(to + i, from + i, bytes - i);
 }

@@ -104,6 +104,25 @@ def test_widely_spread_logits_neither_overflow_nor_lose_the_small_loss(isa):
     torch.testing.assert_close(lse.double(), expected_lse.detach(), rtol=1e-6, atol=0)
 
 
+def test_rows_of_several_blocks_whose_maximum_moves(isa):
+    inf, nan = math.inf, math.nan
+    block, classes = 1024, 4099
+    rows = torch.randn(8, classes)
+    rows[1] += torch.arange(classes) / 10  # a larger maximum in every block
+    rows[2] -= torch.arange(classes) / 10
+    rows[3, :block] = -inf  # nothing in the first block
+    rows[4, block:] = -inf
+    rows[5] = -inf
+    rows[5, -1] = 3.0
+    rows[6, : 2 * block] = -inf
+    rows[6, 7] = nan  # hidden among them
+    rows[7, 3 * block + 5] = inf
+    target = torch.full((8,), classes - 1)
+    actual = native.cross_entropy_forward(rows, target, 0.0, IGNORED)
+    for found, expected in zip(actual, reference.cross_entropy_forward(rows.double(), target, 0.0, IGNORED)):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.parametrize("bad", [-1, 10, 2**40])
 def test_a_class_that_is_not_there_is_an_index_error(bad):
     logits, target = torch.randn(4, 10), torch.tensor([1, 2, bad, 3])

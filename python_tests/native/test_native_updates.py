@@ -156,15 +156,18 @@ def large(dtype=torch.float32):
     return torch.randn(LARGE).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [SGD["weight_decay"], SGD["momentum"], SGD["nesterov"]])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_large_weights_take_the_same_sgd_update(isa, shift, first, options):
-    storage, expected = torch.full((LARGE + shift + 1,), 7.0), torch.empty(LARGE)
-    param, backup, grad, buffer = storage[shift:-1], large(), large(), large()
+def test_large_weights_take_the_same_sgd_update(isa, shift, first, options, dtype):
+    size = LARGE * 4 // dtype.itemsize
+    backup, grad, buffer = (torch.randn(size, dtype=dtype) for _ in range(3))
+    storage, expected = torch.full((size + shift + 1,), 7.0, dtype=dtype), torch.empty(size, dtype=dtype)
+    param = storage[shift:-1]
     rest = (first, LR, None, *(SGD_DEFAULTS | options).values())
     expected_buffer = buffer.clone()
-    for part in PARTS:
+    for part in (slice(0, size // 2), slice(size // 2, size)):
         native.restore_sgd_([expected[part]], [backup[part]], [grad[part]], [expected_buffer[part]], *rest)
     native.restore_sgd_([param], [backup], [grad], [buffer], *rest)
     assert_same_bits([param, buffer], [expected, expected_buffer])
