@@ -31,6 +31,38 @@ bool are_alike(const py::list& tensors, const py::list& params) {
   return true;
 }
 
+// Whether all are alike, as above, and none is empty or needs a gradient itself.
+bool are_plainly_alike(const py::list& tensors, const py::list& params) {
+  if (!are_alike(tensors, params)) return false;
+  const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const at::Tensor& tensor = expect_tensor(tensors, i);
+    if (tensor.numel() == 0 || tensor.requires_grad()) return false;
+  }
+  return true;
+}
+
+// The numbers of the floating-point tensors that need a gradient.
+py::list trained(const py::list& params) {
+  const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  py::list result;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const at::Tensor& param = expect_tensor(params, i);
+    if (param.requires_grad() && param.is_floating_point()) result.append(i);
+  }
+  return result;
+}
+
+// Where the memory of each begins.
+py::list addresses(const py::list& tensors) {
+  const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+  py::list result(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    result[i] = py::int_(reinterpret_cast<uintptr_t>(expect_tensor(tensors, i).const_data_ptr()));
+  }
+  return result;
+}
+
 // How many hold tensors[i] in Python, and how many its memory; the list is one of the former.
 py::tuple holders(const py::list& tensors, Py_ssize_t i) {
   const at::Tensor& tensor = expect_tensor(tensors, i);
@@ -93,13 +125,16 @@ void increment_version(const py::list& tensors) {
 }  // namespace
 
 void register_host(py::module_& module) {
+  module.def("addresses", &addresses);
   module.def("are_alike", &are_alike);
   module.def("are_exact", &are_exact);
+  module.def("are_plainly_alike", &are_plainly_alike);
   module.def("drop_gradients", &drop_gradients);
   module.def("gradients", &gradients);
   module.def("increment_version", &increment_version);
   module.def("holders", &holders);
   module.def("are_held_alone", &are_held_alone);
+  module.def("trained", &trained);
 }
 
 }  // namespace esam

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esam_kernels.tensor_lists import addresses
+
 ALIGNMENT = 64
 """Bytes."""
 
@@ -111,7 +113,7 @@ class FlatBuffers:
                     if owner[i] == i:
                         view.copy_(param)
                     param.data = view
-        self._addresses = [param.data_ptr() for param in self.params]
+        self._addresses = addresses(self.params)
 
     def __getstate__(self) -> dict[str, Any]:
         # The parameters' copies have memory of their own: copies of the buffers would only double it.
@@ -122,7 +124,7 @@ class FlatBuffers:
 
     def refresh(self) -> bool:
         """Flatten again if any parameter has left its place. Returns whether that was so."""
-        if [param.data_ptr() for param in self.params] == self._addresses:
+        if addresses(self.params) == self._addresses:
             return False
         self._flatten()
         return True

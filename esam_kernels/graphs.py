@@ -130,7 +130,7 @@ class _GraphedStep(_EagerStep):
         optimizer, perturbation = self.optimizer, self.optimizer._perturbation
         draw = tuple(perturbation.drawn())
         k = num_selected(optimizer.gamma, batch_size(self._inputs))
-        masked = perturbation.mask == "element" and perturbation.beta < 1.0
+        masked = perturbation.draws_elements
         beta = perturbation.beta if perturbation.mask == "tensor" else None
         fixed = tuple(
             (group["adaptive"], group["rho"] > 0.0, *(group.get(name) for name in _FIXED))

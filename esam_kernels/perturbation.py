@@ -19,7 +19,7 @@ from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
 from esam_kernels.fused_update import check_rates, plan_update, restore_and_step
 from esam_kernels.selection import check_share
-from esam_kernels.tensor_lists import are_alike, gradients
+from esam_kernels.tensor_lists import are_alike, are_plainly_alike, gradients, trained
 
 MASKS = ("tensor", "element")
 RADII = ("paper", "released")
@@ -155,9 +155,14 @@ class StochasticWeightPerturbation:
         """A 32-bit word up to this one is a success of Bern(beta)."""
         return max(1, round(self.beta * 2**32)) - 1
 
+    @property
+    def draws_elements(self) -> bool:
+        """Whether single weights are drawn (Eq. 5)."""
+        return self.mask == "element" and self.beta < 1.0
+
     def trained(self) -> list[int]:
         """The parameters that train, by number."""
-        return [i for i, param in enumerate(self.params) if param.requires_grad and param.is_floating_point()]
+        return trained(self.params)
 
     def drawn(self) -> list[int]:
         """The parameters that take part in this step, by number: all that train, or those that SWP drew of them.
@@ -165,14 +170,14 @@ class StochasticWeightPerturbation:
         Each tensor is drawn with probability beta, from the seed, the step and its own number alone. Where none is, the
         one that came nearest is taken.
         """
-        trained = self.trained()
+        trainable = self.trained()
         if self.mask == "element" or self.beta == 1.0:
-            return trained
+            return trainable
         words, bound = self._tensor_words(), self._bound
-        chosen = [i for i in trained if words[self._tied_to[i]] <= bound]
-        if trained and not chosen:
-            nearest = min((words[self._tied_to[i]], self._tied_to[i]) for i in trained)[1]
-            chosen = [i for i in trained if self._tied_to[i] == nearest]
+        chosen = [i for i in trainable if words[self._tied_to[i]] <= bound]
+        if trainable and not chosen:
+            nearest = min((words[self._tied_to[i]], self._tied_to[i]) for i in trainable)[1]
+            chosen = [i for i in trainable if self._tied_to[i] == nearest]
         return chosen
 
     def _tensor_words(self) -> list[int]:
@@ -241,17 +246,18 @@ class StochasticWeightPerturbation:
                     self.eta,
                     self._norm_factor,
                     self.eps,
-                    self._random_state.tensor if self.mask == "element" and self.beta < 1.0 else None,
+                    self._random_state.tensor if self.draws_elements else None,
                     backend=self.backend,
                 )
         self._perturbed, self._backups, self.sum_of_squares = params, backups, partials
         self.is_perturbed = True
 
     def upload(self) -> None:
-        """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state."""
+        """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state if any."""
         device = self.params[0].device
         self._scale.set([self.ascent.sign * group["rho"] / self.beta for group in self._param_groups], device)
-        self._random_state.set([self.seed, self.step, self._bound], device)
+        if self.draws_elements:
+            self._random_state.set([self.seed, self.step, self._bound], device)
 
     @staticmethod
     def check_rho(rho: Any) -> float:
@@ -290,14 +296,14 @@ class StochasticWeightPerturbation:
         Those of tied parameters are added up, under the first one's number.
         """
         given = self.ascent.directions(self.params, self.drawn(), base)
-        given = {i: grad for i, grad in given.items() if grad.numel()}
         indices, grads = list(given), list(given.values())
-        alike = are_alike(grads, [self.params[i] for i in indices])
-        if alike and not self._is_tied and not any(grad.requires_grad for grad in grads):
+        if not self._is_tied and are_plainly_alike(grads, [self.params[i] for i in indices]):  # the usual case
             return indices, grads
         found: dict[int, Tensor] = {}
         for i, grad in given.items():
             param = self.params[i]
+            if grad.numel() == 0:
+                continue
             if grad.dtype != param.dtype or grad.stride() != param.stride() or grad.requires_grad:
                 grad = torch.empty_like(param).copy_(grad.detach())
             owner = self._tied_to[i]

@@ -24,6 +24,23 @@ def _are_alike(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
     )
 
 
+def _are_plainly_alike(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
+    """Whether they are alike, and none is empty or needs a gradient itself."""
+    return _are_alike(tensors, params) and not any(
+        tensor is None or tensor.numel() == 0 or tensor.requires_grad for tensor in tensors
+    )
+
+
+def _trained(params: list[Tensor]) -> list[int]:
+    """The numbers of the floating-point tensors that need a gradient."""
+    return [i for i, param in enumerate(params) if param.requires_grad and param.is_floating_point()]
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    """Where the memory of each begins."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def _holders(tensors: list[Tensor], i: int) -> tuple[int, int]:
     """How many hold the tensor in Python (the list is one of them), and how many its memory."""
     storage = tensors[i].untyped_storage()
@@ -64,6 +81,11 @@ increment_version: Callable[[list[Tensor]], None] = (
     _in_cpp.increment_version if _in_cpp else torch.autograd.graph.increment_version
 )
 are_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
+are_plainly_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = (
+    _in_cpp.are_plainly_alike if _in_cpp else _are_plainly_alike
+)
+trained: Callable[[list[Tensor]], list[int]] = _in_cpp.trained if _in_cpp else _trained
+addresses: Callable[[list[Tensor]], list[int]] = _in_cpp.addresses if _in_cpp else _addresses
 _count_holders: Callable[[list[Tensor], int], tuple[int, int]] = _in_cpp.holders if _in_cpp else _holders
 _compare_holders: Callable[[list[Tensor], int, int], list[bool]] = (
     _in_cpp.are_held_alone if _in_cpp else _are_held_alone

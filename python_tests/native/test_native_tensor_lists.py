@@ -1,0 +1,48 @@
+"""The questions about lists of tensors get the same answers in C++ and in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from esam_kernels import tensor_lists
+from esam_kernels.backends import native
+
+
+def params():
+    frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+    whole = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    return [nn.Parameter(torch.ones(2, 3)), frozen, whole, nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]
+
+
+def test_trained_leaves_out_the_frozen_and_the_whole_numbers():
+    assert native.extension.trained(params()) == tensor_lists._trained(params()) == [0, 3]
+
+
+def test_addresses_are_where_the_memory_begins():
+    tensors = [*params(), torch.arange(6.0)[2:], torch.empty(0)]
+    assert native.extension.addresses(tensors) == tensor_lists._addresses(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("alike", True), ("none", False), ("another shape", False), ("transposed", False), ("empty", False)]
+    + [("another dtype", False), ("requires grad", False), ("one too many", False)],
+)
+def test_plainly_alike(name, expected):
+    weights = [torch.ones(2, 3), torch.ones(4, 4)]
+    grads = {
+        "alike": [torch.ones(2, 3), torch.ones(4, 4)],
+        "none": [torch.ones(2, 3), None],
+        "another shape": [torch.ones(2, 3), torch.ones(16)],
+        "transposed": [torch.ones(2, 3), torch.ones(4, 4).t()],
+        "empty": [torch.ones(2, 3), torch.ones(0)],
+        "another dtype": [torch.ones(2, 3), torch.ones(4, 4, dtype=torch.float64)],
+        "requires grad": [torch.ones(2, 3), torch.ones(4, 4, requires_grad=True)],
+        "one too many": [torch.ones(2, 3), torch.ones(4, 4), torch.ones(1)],
+    }[name]
+    if name == "empty":
+        weights[1] = torch.ones(0)
+    for function in (native.extension.are_plainly_alike, tensor_lists._are_plainly_alike):
+        assert function(grads, weights) is expected
