@@ -253,7 +253,7 @@ class StochasticWeightPerturbation:
         self.is_perturbed = True
 
     def upload(self) -> None:
-        """Bring up to date what the kernels read on the device: rho / beta of each group, and the random state if any."""
+        """Bring up to date what the kernels read on the device: rho / beta of each group; the random state, if any."""
         device = self.params[0].device
         self._scale.set([self.ascent.sign * group["rho"] / self.beta for group in self._param_groups], device)
         if self.draws_elements:
