@@ -1,7 +1,7 @@
 """Peak memory of training steps, each optimizer in a fresh process: SGD, SAM and ESAM, published and ours.
 
-On the CPU the peak resident set of the process, above what it held when the model was made; on CUDA the allocator's
-peak.
+On the CPU the peak resident set of the process, in glibc's default heap, and once more where every large tensor has pages
+of its own: without the holes that a heap has between tensors. On CUDA the allocator's peak.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ OPTIMIZERS = (
 MIB = 1 << 20
 
 
+# Blocks from this size on have pages of their own, given back at once. It also keeps glibc from raising that size.
+OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
 # On a GPU: (network, pixels, classes).
 IMAGENET = ("resnet50", 224, 1000)
 
@@ -49,6 +54,8 @@ def cases(context: Context) -> Iterator[Case]:
     if context.device.type == "cuda" and context.sizes is not TINY and has_imagenet_network():
         yield _case(dataclasses.replace(context, sizes=imagenet_sizes(context.sizes)))
     yield _case(context)
+    if context.device.type == "cpu":
+        yield _case(context, ", tensors in pages of their own", OWN_PAGES)
 
 
 def has_imagenet_network() -> bool:
@@ -65,15 +72,15 @@ def imagenet_sizes(sizes: Sizes) -> Sizes:
     return dataclasses.replace(sizes, network=network, image=image, classes=classes)
 
 
-def _case(context: Context) -> Case:
-    title = f"{context.sizes.network} b{context.sizes.batch} fp32, {STEPS} steps"
+def _case(context: Context, where: str = "", variables: Mapping[str, str] = MappingProxyType({})) -> Case:
+    title = f"{context.sizes.network} b{context.sizes.batch} fp32, {STEPS} steps{where}"
 
     def run(seconds: float) -> list[Row]:
         samples: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in OPTIMIZERS}
         start = time.monotonic()
         while True:
             for name, step, method in OPTIMIZERS:
-                samples[name].append(in_fresh_process(context, step, method))
+                samples[name].append(in_fresh_process(context, step, method, variables))
             elapsed = time.monotonic() - start
             rounds = len(samples["SGD"])
             if elapsed + elapsed / rounds > seconds:
@@ -90,13 +97,15 @@ def _case(context: Context) -> Case:
     return Case(title, 40.0, run)
 
 
-def in_fresh_process(context: Context, step: str, method: str) -> dict[str, float]:
+def in_fresh_process(
+    context: Context, step: str, method: str, variables: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.suites.memory", "--device", context.device.type, "--step", step]
     command += ["--method", method, "--threads", str(torch.get_num_threads())]
     command += ["--backend", context.backend] if context.backend else []
     command += ["--tiny"] if context.sizes is TINY else []
     command += ["--imagenet"] if context.sizes.network == IMAGENET[0] else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -37,13 +37,20 @@ def test_memory_is_measured_in_fresh_processes():
     assert 0 < found["above_model"] < found["peak"]
 
 
-def test_memory_suite_compares_with_sgd(monkeypatch):
+def test_memory_suite_compares_with_sgd_in_both_kinds_of_heap(monkeypatch):
     peaks = {"SGD alone": 100.0, "ours": 101.0, "published": 150.0}
-    monkeypatch.setattr(memory, "in_fresh_process", lambda _, step, __: {"peak": peaks[step], "above_model": 1.0})
-    (case,) = memory.cases(Context(CPU, TINY))
-    above = {row["implementation"]: row["above_sgd"] for row in case.run(0.0)}
-    assert above["ESAM, ours"] == 1.0
-    assert above["SAM, published"] == 50.0
+    heaps = []
+
+    def in_fresh_process(_, step, __, variables):
+        heaps.append(dict(variables))
+        return {"peak": peaks[step], "above_model": 1.0}
+
+    monkeypatch.setattr(memory, "in_fresh_process", in_fresh_process)
+    for case in memory.cases(Context(CPU, TINY)):
+        above = {row["implementation"]: row["above_sgd"] for row in case.run(0.0)}
+        assert above["ESAM, ours"] == 1.0
+        assert above["SAM, published"] == 50.0
+    assert heaps == [{}] * 7 + [{"MALLOC_MMAP_THRESHOLD_": "1048576"}] * 7
 
 
 def test_full_run_names_every_case_once():
