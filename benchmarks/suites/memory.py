@@ -1,7 +1,7 @@
 """Peak memory of training steps, each optimizer in a fresh process: SGD, SAM and ESAM, published and ours.
 
-On the CPU the peak resident set of the process, in glibc's default heap, and once more where every large tensor has pages
-of its own: without the holes that a heap has between tensors. On CUDA the allocator's peak.
+On the CPU the peak resident set of the process, in glibc's default heap, and once more where every large tensor has
+pages of its own: without the holes that a heap has between tensors. On CUDA the allocator's peak.
 """
 
 from __future__ import annotations
