@@ -98,6 +98,14 @@ def test_check_fails_on_a_number_that_differs_from_the_rows(folder, monkeypatch,
         assert path.read_text() == wrong
 
 
+def test_memory_is_drawn_by_method():
+    found = plots.by_method([{"case": "3 steps", "implementation": name} for name in ("SGD", "ESAM element, ours")])
+    assert [(row["case"], row["implementation"]) for row in found] == [
+        ("SGD: 3 steps", "SGD alone"),
+        ("ESAM element: 3 steps", "ours"),
+    ]
+
+
 def test_plots_are_drawn_from_the_rows(folder):
     plots.draw(folder / "cpu")
     assert (folder / "cpu" / "perturb_fp32.png").stat().st_size > 10_000
