@@ -1,7 +1,7 @@
 // Stochastic Weight Perturbation of one piece (Eq. 4 and 5). Included once per instruction set, inside its namespace.
 
 // Elements at a time: so few that the processor draws the next ones' words while it waits for these ones' memory.
-constexpr int64_t kPerturbBlock = 64;
+constexpr int64_t kPerturbBlock = 4 * kBlockCounters;
 
 // Rounded after each operation, as the reference does it, so that the two agree bit for bit.
 template <typename T, bool kAdaptive>

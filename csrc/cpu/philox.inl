@@ -86,7 +86,7 @@ inline void philox_words(uint64_t first, int64_t n, uint64_t step, uint64_t seed
   }
 }
 
-// The words of so many counters, a constant: no loop remains.
+// The words of a constant number of counters: no loop remains.
 constexpr int kBlockCounters = 16;
 
 inline void philox_block(uint64_t first, uint64_t step, uint64_t seed, uint32_t* words) {
