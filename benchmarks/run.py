@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases whose name holds this")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs; writes no rows")
     parser.add_argument("--out", type=Path, help="folder for the rows, in place of benchmarks/results/<device>")
+    parser.add_argument("--default-heap", action="store_true", help="whole steps in the C library's default heap")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: the GPU share of the benchmarks was not run", file=sys.stderr)
@@ -46,7 +47,7 @@ def main() -> int:
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
     device = torch.device(arguments.device)
-    context = Context(device, TINY if arguments.tiny else sizes_of(device), arguments.backend)
+    context = Context(device, TINY if arguments.tiny else sizes_of(device), arguments.backend, arguments.default_heap)
     out = arguments.out or (None if arguments.tiny else results.folder(device))
     environment = results.environment(device)
     print(
@@ -77,7 +78,7 @@ def run_suite(name: str, context: Context, deadline: float, factor: float, only:
     Rows are written as soon as they are there: a run that is cut off leaves what it has measured.
     """
     suite = suite_named(name)
-    if getattr(suite, "KEEPS_HEAP", False):
+    if getattr(suite, "KEEPS_HEAP", False) and not context.default_heap:
         heap.keep()
     cases: list[Case] = list(suite.cases(context))
     cases = [case for case in cases if only in case.name]

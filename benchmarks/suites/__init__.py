@@ -21,6 +21,7 @@ class Context:
     device: torch.device
     sizes: Sizes
     backend: str | None = None
+    default_heap: bool = False  # also for the suites that keep the heap's memory otherwise
 
     def measure(self, contenders: list[Contender], seconds: float, **options: object) -> Measurement:
         defaults = {"min_rounds": self.sizes.min_rounds, "copy_bytes": self.sizes.copy_bytes}

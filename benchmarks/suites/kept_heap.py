@@ -16,7 +16,7 @@ KEEPS_HEAP = True
 
 
 def cases(context: Context) -> Iterator[Case]:
-    if context.device.type == "cuda":  # torch keeps its memory itself
+    if context.device.type == "cuda" or context.default_heap:  # on CUDA torch keeps its memory itself
         return
     first = dict([next(iter(context.sizes.parameters.items()))])
     sizes = dataclasses.replace(context.sizes, parameters=first, compiles=False)

@@ -53,7 +53,8 @@ def cases(context: Context) -> Iterator[Case]:
         ("SGD", "fp32", "ESAM element"),
         ("SGD", "bf16", "ESAM element"),
     ):
-        title = f"{context.sizes.network} b{context.sizes.batch} {dtype} {method}({base})"
+        where = ", default heap" if context.default_heap else ""
+        title = f"{context.sizes.network} b{context.sizes.batch} {dtype} {method}({base}){where}"
 
         def run(seconds: float, title: str = title, case: tuple[str, str, str] = (method, base, dtype)) -> list[Row]:
             measurement = context.measure(contenders(context, *case), seconds, with_copy=False)

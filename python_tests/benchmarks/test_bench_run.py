@@ -73,9 +73,16 @@ def test_a_suite_that_keeps_the_heap_says_so_before_its_first_case(monkeypatch):
         monkeypatch.setattr(SUITES[name], "cases", lambda _, cases=cases: cases)
         run.run_suite(name, Context(CPU, TINY), harness.time.monotonic() + 100, 1.0, "", None)
     assert order == ["overhead", "keep", "kept_heap"]
+    run.run_suite("kept_heap", Context(CPU, TINY, default_heap=True), harness.time.monotonic() + 100, 1.0, "", None)
+    assert order[3:] == ["kept_heap"]
     # There is no way back: a suite that wants the default heap comes before any that keeps it.
     keeps = [getattr(module, "KEEPS_HEAP", False) for module in map(run.suite_named, run.SHARES)]
     assert keeps == sorted(keeps)
+
+
+def test_whole_steps_in_the_default_heap_have_names_of_their_own():
+    kept, default = (list(step.cases(Context(CPU, TINY, default_heap=heap))) for heap in (False, True))
+    assert [case.name for case in default] == [f"{case.name}, default heap" for case in kept]
 
 
 def test_the_published_way_is_asked_for_as_many_samples_as_ours(monkeypatch):
