@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csr
 import build_cuda
 
 NATIVE_SOURCES = [
+    "csrc/autograd.cpp",
     "csrc/bindings.cpp",
     "csrc/cpu/cross_entropy.cpp",
     "csrc/cpu/isa.cpp",

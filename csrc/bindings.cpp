@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/perturbation.h"
 #include "cpu/selection.h"
+#include "autograd.h"
 #include "direct.h"
 #include "host.h"
 #include "tensors.h"
@@ -205,6 +206,7 @@ void philox_words(uint64_t first_counter, uint64_t step, uint64_t seed, const py
 
 PYBIND11_MODULE(_native, module) {
   module.attr("TORCH_VERSION") = ESAM_TORCH_VERSION;
+  esam::register_autograd(module);
   esam::register_direct(module);
   esam::register_host(module);
   module.def("available_isas", esam::cpu::available_isas);

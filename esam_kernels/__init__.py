@@ -4,7 +4,7 @@ from esam_kernels import diagnostics, ops, schedules
 from esam_kernels.graphs import make_graphed_step
 from esam_kernels.optimizer import ESAM, SAM
 from esam_kernels.selection import cross_entropy, gather, select
-from esam_kernels.training_modes import RandomState, frozen_batch_norm
+from esam_kernels.step.replay import RandomState, frozen_batch_norm
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Adadelta, Optimizer
 
-from esam_kernels.perturbation import StochasticWeightPerturbation
+from esam_kernels.settings import check_rho
 
 
 def build_base(
@@ -58,7 +58,7 @@ def _tensors(params: Any) -> list[Tensor]:
 def group_defaults(group: dict[str, Any], rho: float, adaptive: bool) -> dict[str, Any]:
     """What a group lacks of rho and adaptive, both checked."""
     values = {"rho": group.get("rho", rho), "adaptive": group.get("adaptive", adaptive)}
-    StochasticWeightPerturbation.check_rho(values["rho"])
+    check_rho(values["rho"])
     if not isinstance(values["adaptive"], bool):
         raise TypeError(f"adaptive must be True or False, got {values['adaptive']!r}")
     return {name: value for name, value in values.items() if name not in group}

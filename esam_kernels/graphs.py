@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from torch.utils import _pytree as pytree
 
-from esam_kernels.ascent import PreviousGradient
 from esam_kernels.device_numbers import DeviceNumbers
-from esam_kernels.fused_update import plan_update
 from esam_kernels.optimizer import ESAM
+from esam_kernels.perturbation.ascent import PreviousGradient
+from esam_kernels.perturbation.fused_update import plan_update
 from esam_kernels.selection import batch_size, num_selected
 
 logger = logging.getLogger("esam_kernels")
@@ -101,7 +101,7 @@ class _GraphedStep(_EagerStep):
         self._seen: set[tuple[Any, ...]] = set()
         self._noise = _CapturedNoise(self._device)
         self._lrs = [DeviceNumbers(torch.float64) for _ in optimizer.param_groups]
-        optimizer._perturbation.draw_pool = DRAW_POOL
+        optimizer._perturbation.draw.pool = DRAW_POOL
         if isinstance(optimizer._perturbation.ascent, PreviousGradient):
             optimizer._perturbation.ascent.in_place = True
 
@@ -131,7 +131,8 @@ class _GraphedStep(_EagerStep):
         draw = tuple(perturbation.drawn())
         k = num_selected(optimizer.gamma, batch_size(self._inputs))
         masked = perturbation.draws_elements
-        beta = perturbation.beta if perturbation.mask == "tensor" else None
+        settings = perturbation.settings
+        beta = settings.beta if settings.mask == "tensor" else None
         fixed = tuple(
             (group["adaptive"], group["rho"] > 0.0, *(group.get(name) for name in _FIXED))
             for group in optimizer.param_groups
@@ -160,7 +161,7 @@ class _GraphedStep(_EagerStep):
         step = perturbation.step
         graph = torch.cuda.CUDAGraph()
         self._noise.register(graph)
-        optimizer._remember_noise = lambda: self._noise
+        optimizer._phases.remember_noise = lambda: self._noise
         perturbation.lr_tensors = [
             group["lr"] if _is_on_device(group["lr"]) else numbers.tensor.reshape(())
             for numbers, group in zip(self._lrs, optimizer.param_groups)
@@ -169,13 +170,13 @@ class _GraphedStep(_EagerStep):
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 result = optimizer.step(self.closure, *self._inputs)
         except Exception as error:
-            optimizer._abandon()
+            optimizer._phases.weights.abandon()
             raise RuntimeError(
                 "the step cannot be captured: something in it waits for the device or is not allowed in a CUDA graph "
                 f"(look for .item(), print or data-dependent shapes in the closure): {error}"
             ) from error
         finally:
-            optimizer._remember_noise = optimizer._random_state
+            optimizer._phases.remember_noise = None
             perturbation.lr_tensors = None
             # Capturing computes nothing, so that this step is still to come.
             perturbation.step = step

@@ -1,26 +1,31 @@
-"""ESAM and SAM: Algorithm 1 as one step, made of its phases, and nothing numerical."""
+"""ESAM and SAM: arguments, what torch's optimizers have, and the phases of a step by name. Nothing numerical."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esam_kernels import distributed
-from esam_kernels.ascent import RHO_OF_ASCENT, rho_or_default
+from esam_kernels import distributed, state
 from esam_kernels.base_optimizer import build_base, group_defaults
-from esam_kernels.loss_scaling import nan_unless_finite, restore_and_scaled_step
-from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.phases import Phases
-from esam_kernels.selection import batch_size, losses_and_rest, num_selected, split
-from esam_kernels.wrapper import check_gamma
+from esam_kernels.perturbation.ascent import ASCENTS, RHO_OF_ASCENT, rho_or_default
+from esam_kernels.perturbation.parameters import listed
+from esam_kernels.perturbation.swp import StochasticWeightPerturbation
+from esam_kernels.settings import Settings
+from esam_kernels.step.phases import Phases
+from esam_kernels.step.plan import relative_cost
+from esam_kernels.step.whole import WholeStep
+
+# What a copy takes over.
+_COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_model")
 
 
-class ESAM(Phases):
+class ESAM(Optimizer):
     r"""Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) around any torch optimizer.
 
     One step on a batch B (Algorithm 1):
@@ -96,48 +101,332 @@ class ESAM(Phases):
         sync_perturbation: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        StochasticWeightPerturbation.check({"ascent": ascent, "flatten": flatten})
-        rho = rho_or_default(rho, ascent)
-        check_gamma(gamma, ascent)
-        self._gamma = float(gamma)
-        self.replay_noise = True
+        settings = Settings(
+            beta=beta, gamma=gamma, eta=eta, mask=mask, radius=radius, eps=eps, seed=seed, ascent=ascent
+        )
+        if not (flatten is None or isinstance(flatten, bool)):
+            raise ValueError(f"flatten must be True, False or None, got {flatten!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        rho = rho_or_default(rho, ascent)
         group_defaults({}, rho, adaptive)
         base, own = build_base(params, base_optimizer, base_kwargs)
-        added = [
+        missing = [
             {**values, **group_defaults({**group, **values}, rho, adaptive)}
             for group, values in zip(base.param_groups, own)
         ]
-        groups = [{**group, **missing} for group, missing in zip(base.param_groups, added)]
-        params = [param for group in groups for param in group["params"]]
+        params = listed(base.param_groups)
         self._parallelism = distributed.Parallelism(model)
         self._parallelism.check(params)
         if sync_perturbation:
             distributed.check_same_seed(seed, params[0].device, self._parallelism.process_group)
-        self._perturbation = StochasticWeightPerturbation(
-            groups,
-            beta=beta,
-            eta=eta,
-            mask=mask,
-            radius=radius,
-            eps=eps,
-            seed=seed,
-            ascent=ascent,
-            backend=backend,
-            flatten=flatten,
-        )
-        self._perturbation.ascent.check(base)
-        for group, missing in zip(base.param_groups, added):
-            group.update(missing)
-        self._model = model
-        self.sync_perturbation = sync_perturbation
+        ASCENTS[ascent]().check(base)
+        self._perturbation = StochasticWeightPerturbation(base, settings, backend=backend, flatten=flatten)
+        for group, values in zip(base.param_groups, missing):
+            group.update(values)
         self.base_optimizer = base
-        self._begin()
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
+        self._model = model
+        self._begin(sync_perturbation)
         super().__setstate__({})  # the hooks that torch gives to every optimizer
-        self._perturbation.use_groups(base.param_groups)
-        self._note_saved()
+        state.note(self._perturbation)
+
+    def _begin(self, sync_perturbation: bool, replays_noise: bool = True) -> None:
+        """What is neither saved nor copied."""
+        self._phases = Phases(self._perturbation, self._parallelism, self._model, sync_perturbation)
+        self._phases.replays_noise = replays_noise
+        self._whole = WholeStep(self._phases)
+        self._is_in_step = False
+
+    # -- hyperparameters -----------------------------------------------------------------------------------------------
+
+    @property
+    def beta(self) -> float:
+        """Share of the weights that are perturbed; may be set between steps."""
+        return self._perturbation.settings.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._perturbation.settings = replace(self._perturbation.settings, beta=value)
+
+    @property
+    def gamma(self) -> float:
+        """Share of the batch that the second pass uses; may be set between steps."""
+        return self._perturbation.settings.gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._perturbation.settings = replace(self._perturbation.settings, gamma=value)
+
+    @property
+    def replay_noise(self) -> bool:
+        """Whether ``step`` repeats the first forward's random numbers where it measures the rise of the losses."""
+        return self._phases.replays_noise
+
+    @replay_noise.setter
+    def replay_noise(self, value: bool) -> None:
+        self._phases.replays_noise = value
+
+    @property
+    def sync_perturbation(self) -> bool:
+        """Whether the ranks of DistributedDataParallel share one perturbation."""
+        return self._phases.sync_perturbation
+
+    @property
+    def relative_cost(self) -> float:
+        """The counted cost of the next ``step`` on a batch, in units of the base optimizer's step.
+
+        Passes over the model are counted: a forward is 1, a backward 2 (1 for the gradients of the inputs of each
+        layer, 1 for those of the weights), so that the base optimizer's step is 3. ESAM at beta = 0.6 and gamma = 0.5
+        makes 3 + beta + 3 gamma = 5.1 of them: 1.7.
+        """
+        return relative_cost(self._phases)
+
+    # -- what torch's optimizers have ----------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    def __getattr__(self, name: str) -> Any:
+        """What the base optimizer has beside torch's own methods: ``train`` and ``eval`` of a schedule-free one."""
+        if name.startswith("_") or "base_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
+        self._follow()
+        if set_to_none:
+            self._phases.drop_gradients()
+        else:
+            super().zero_grad(set_to_none=False)
+            self._phases.note_zeroed()
+
+    def _follow(self) -> None:
+        """Take over parameters and groups that were put into the base optimizer's groups behind this one's back."""
+        if self._phases.weights.is_open:
+            return
+        for group in self.param_groups:
+            if "rho" not in group or "adaptive" not in group:
+                group.update(group_defaults(group, self.defaults["rho"], self.defaults["adaptive"]))
+        if not self._perturbation.parameters.are_those_of(self.param_groups):
+            self._parallelism = distributed.Parallelism(self._model)
+            self._parallelism.check(listed(self.param_groups))
+            self._perturbation.follow()
+            self._phases.follow(self._parallelism)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, as for any torch optimizer.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``.
+            ValueError, TypeError: parameters that cannot be perturbed. Nothing is changed then.
+        """
+        self._phases.require(perturbed=False, call="add_param_group")
+        missing = group_defaults(param_group, self.defaults["rho"], self.defaults["adaptive"])
+        self.base_optimizer.add_param_group({**param_group, **missing})
+        try:
+            self._follow()
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+        state.note(self._perturbation)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's ``state_dict``, with version, seed, step and hyperparameters under "esam".
+
+        With ascent="previous" the state of each parameter holds its last gradient too, as "previous_gradient".
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._phases.require(perturbed=False, call="state_dict")
+        self._follow()
+        saved = state.state_dict(self._perturbation)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = _first_given(post_hook(self, saved), saved)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, or the state of a plain torch optimizer of the base's kind.
+
+        Checkpoints of the common two-step SAM class and of the released ESAM code hold nothing of the base optimizer's
+        state: what they hold instead is dropped, and one warning says so.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``.
+            ValueError: groups of other sizes, hyperparameters out of range, entries that a newer version has written,
+                or a checkpoint of another ascent. Nothing is changed then.
+        """
+        self._phases.require(perturbed=False, call="load_state_dict")
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _first_given(hook(self, state_dict), state_dict)
+        self._follow()
+        state.load(self._perturbation, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._phases.require(perturbed=False, call="copying or pickling")
+        phases = {"replays_noise": self._phases.replays_noise, "sync_perturbation": self._phases.sync_perturbation}
+        return {**{name: self.__dict__[name] for name in _COPIED}, "_phases": phases}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        phases = state.pop("_phases")
+        super().__setstate__(state)
+        self._begin(**phases)
+
+    # -- the phases ----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Pass 1: the gradients of ``loss``, of the parameters that SWP drew for this step and of no others.
+
+        Parameters in groups with rho = 0 take no part in the perturbation: theirs are not computed either. With
+        ``fully_shard`` the gradients of all are computed, and only the perturbation leaves the others out.
+
+        Args:
+            loss: one number, the mean loss of the batch.
+
+        Raises:
+            RuntimeError: between ``first_step`` and ``second_step``; outside ``no_sync`` of a model that is wrapped in
+                DistributedDataParallel, which would wait for the gradients that are not computed; or with reentrant
+                checkpointing in the graph, unless all parameters are drawn.
+            ValueError: a loss that is not one number.
+        """
+        self._follow()
+        self._phases.backward(loss)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e, from the gradients in ``.grad``. Freezes the BatchNorm statistics of ``model``.
+
+        If the gradient's norm is zero or not finite, e = 0; that is decided on the device. With ascent="previous" or
+        "momentum" this comes before the only forward, and freezes nothing.
+
+        Args:
+            zero_grad: drop the gradients (set them to None). The old weights may then be kept in their memory.
+
+        Raises:
+            RuntimeError: a second ``first_step`` without ``second_step`` or ``restore``, no gradients, or sparse ones.
+            ValueError: a group's rho that is negative or not finite. Nothing is changed then.
+        """
+        self._follow()
+        self._phases.first_step(zero_grad)
+
+    def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+        """B+: the gamma share of the batch whose losses rise most (Eq. 6). With gamma = 1 the batch itself.
+
+        Args:
+            loss_before: losses per sample at w, shape (b,).
+            loss_after: losses per sample at w + e, shape (b,).
+            tensors: the batch, tensors or pytrees of tensors with the samples in front.
+
+        Returns:
+            The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
+
+        Raises:
+            ValueError: losses that are not one number a sample, or sizes that differ.
+        """
+        return self._phases.select(loss_before, loss_after, *tensors)
+
+    def select_from_logits(
+        self,
+        loss_before: Tensor,
+        logits_after: Tensor,
+        target: Tensor,
+        *tensors: Any,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> Any:
+        """:meth:`select` where the losses after are the :func:`esam_kernels.cross_entropy` of these logits.
+
+        With backend="cuda" the losses, the selection and the gathering are one launch.
+
+        Args:
+            loss_before: losses per sample at w, shape (b,).
+            logits_after: logits at w + e, in a layout that ``cross_entropy`` takes.
+            target: as ``cross_entropy`` takes it. It is not gathered: give it among ``tensors`` as well.
+            tensors: the batch, tensors or pytrees of tensors with the samples in front.
+            label_smoothing: as of ``loss_before``.
+            ignore_index: as of ``loss_before``.
+
+        Returns:
+            The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
+
+        Raises:
+            ValueError: losses that are not one number a sample, logits and target that do not fit, label_smoothing
+                outside [0, 1], or sizes that differ.
+            IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
+        """
+        return self._phases.select_from_logits(
+            loss_before,
+            logits_after,
+            target,
+            *tensors,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """w + e -> w, then the base optimizer's update with the gradients in ``.grad``.
+
+        Args:
+            zero_grad: drop the gradients afterwards (set them to None).
+
+        Raises:
+            RuntimeError: no ``first_step`` before, or sparse gradients.
+        """
+        self._phases.require(perturbed=True, call="second_step")
+        with self._hooks_around((), {}):
+            self._phases.second_step()
+        self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
+        if zero_grad:
+            self.zero_grad(set_to_none=True)
+
+    def restore(self) -> None:
+        """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
+        self._phases.restore()
+
+    @contextlib.contextmanager
+    def _hooks_around(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+        """Run the step hooks of this optimizer, outside another such block; gives the arguments as hooks leave them.
+
+        Hooks on the base optimizer, and torch's global ones, run in the base optimizer's own step.
+        """
+        if self._is_in_step or not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
+            yield args, kwargs
+            return
+        self._is_in_step = True
+        try:
+            for pre_hook in self._optimizer_step_pre_hooks.values():
+                changed = pre_hook(self, args, kwargs)
+                if changed is not None:
+                    args, kwargs = changed
+            yield args, kwargs
+            for post_hook in self._optimizer_step_post_hooks.values():
+                post_hook(self, args, kwargs)
+        finally:
+            self._is_in_step = False
+
+    # -- the whole step ------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
         self,
@@ -183,182 +472,19 @@ class ESAM(Phases):
         Raises:
             RuntimeError: no closure, or within another step.
             ValueError: an empty batch, samples of different number, or losses that are not one number a sample.
+
         """
-        if self._perturbation.is_perturbed and not batch:
-            return self._finish_step(closure)
-        # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
-        if closure is None and all(group.get("lr") == 0.0 for group in self.param_groups):
-            self.base_optimizer.step()
-            self._perturbation.ascent.prepare(self._perturbation.params)
-            return None
-        if not callable(closure):
-            raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
-        self._require(perturbed=False, call="step")
-        if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
-            raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
-        with torch.enable_grad():
-            try:
-                if not batch:
-                    return self._step_with_closure(closure)
-                return self._step_on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
-            except BaseException:
-                if self._perturbation.is_perturbed:
-                    self._parallelism.leave_forward()
-                self.restore()
-                raise
+        options = {"micro_batch": micro_batch, "max_grad_norm": max_grad_norm, "scaler": scaler}
+        with self._hooks_around((closure, *batch), options) as ((closure, *rest), options):
+            self._follow()
+            scaling = (self.grad_scale, self.found_inf) if "found_inf" in self.__dict__ else None
+            result = self._whole.run(closure, tuple(rest), scaling, **options)
+        self._opt_called = True
+        return result
 
-    def _step_on_batch(
-        self,
-        losses: Callable[..., Any],
-        batch: tuple[Any, ...],
-        micro_batch: int | None,
-        max_grad_norm: float | None,
-        scaler: torch.amp.GradScaler | None,
-    ) -> Any:
-        parts = split(batch, micro_batch)
-        sizes = [batch_size(part) for part in parts]
-        self.zero_grad(set_to_none=True)
-        run = self._two_passes_each if self._perturbation.ascent.two_passes else self._one_pass_each
-        results = run(losses, parts, scaler)
-        self._update(max_grad_norm, scaler)
-        loss = results[0][0]
-        if len(parts) > 1:
-            loss = torch.stack([loss * size for (loss, _), size in zip(results, sizes)]).sum() / sum(sizes)
-        rest = [extra for _, extra in results if extra is not None]
-        if not rest:
-            return loss
-        return loss, rest if micro_batch is not None else rest[0]
 
-    def _one_pass_each(
-        self, losses: Callable[..., Any], parts: list[tuple[Any, ...]], scaler: torch.amp.GradScaler | None
-    ) -> list[tuple[Tensor, Any]]:
-        """One perturbation along what is in memory, then one pass over each part; w is left at w + e."""
-        samples = sum(map(batch_size, parts))
-        results = []
-        self.first_step()
-        for number, part in enumerate(parts, start=1):
-            here = batch_size(part)
-            alone = self._parallelism.without_synchronization
-            with contextlib.nullcontext() if number == len(parts) else alone():
-                loss_perturbed, rest = losses_and_rest(losses(*part), here)
-                loss = loss_perturbed.mean()
-                _scaled(loss * (here / samples), scaler).backward()
-            results.append((loss.detach(), rest))
-        return results
-
-    def _two_passes_each(
-        self, losses: Callable[..., Any], parts: list[tuple[Any, ...]], scaler: torch.amp.GradScaler | None
-    ) -> list[tuple[Tensor, Any]]:
-        """Algorithm 1 up to the update, for each part from the clean weights; w is left at the last one's w + e."""
-        selected = sum(num_selected(self.gamma, batch_size(part)) for part in parts)
-        results = []
-        summed: list[Tensor | None] = [None] * len(self._perturbation.params)
-        for number, part in enumerate(parts, start=1):
-            is_last = number == len(parts)
-            results.append(self._two_passes(losses, part, summed, selected, scaler, is_last))
-            if not is_last:
-                summed = [param.grad for param in self._perturbation.params]
-                self.zero_grad(set_to_none=True)
-                self.restore()
-        return results
-
-    def _update(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> None:
-        """Back to w, and the base optimizer's update, or what the scaler makes of it."""
-        params = self._perturbation.params
-        if scaler is None:
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(params, max_grad_norm)
-            self.second_step()
-            return
-        self.restore()
-        if max_grad_norm is not None:
-            scaler.unscale_(self.base_optimizer)
-            nn.utils.clip_grad_norm_(params, max_grad_norm)
-        scaler.step(self.base_optimizer)
-        self._perturbation.ascent.remember(params)
-        self._remember_used_gradients()
-
-    def _two_passes(
-        self,
-        losses: Callable[..., Any],
-        batch: tuple[Any, ...],
-        summed: list[Tensor | None],
-        selected_in_all: int,
-        scaler: torch.amp.GradScaler | None,
-        is_last: bool,
-    ) -> tuple[Tensor, Any]:
-        """Both passes over ``batch``; the gradients of the second are added to ``summed``, and w is left at w + e.
-
-        Only the second pass of the last part is synchronised with other ranks.
-        """
-        alone = self._parallelism.without_synchronization
-        samples = batch_size(batch)
-        noise = self._remember_noise() if self.replay_noise else None
-
-        with alone():
-            loss_before, rest = losses_and_rest(losses(*batch), samples)
-            loss = loss_before.mean()
-            self.backward(_scaled(loss, scaler))
-        self.first_step(zero_grad=True)
-
-        k = num_selected(self.gamma, samples)
-        if k < samples or (self.gamma < 1.0 and self._parallelism.forward_communicates):
-            with torch.no_grad(), alone(), noise.replay() if noise else contextlib.nullcontext():
-                loss_after, _ = losses_and_rest(losses(*batch), samples)
-            chosen = self.select(loss_before, loss_after, *batch)
-            batch = chosen if len(batch) > 1 else (chosen,)
-
-        with contextlib.nullcontext() if is_last else alone():
-            loss_selected, _ = losses_and_rest(losses(*batch), k)
-            for param, grad in zip(self._perturbation.params, summed):
-                param.grad = grad
-            loss_selected = loss_selected.mean() * (k / selected_in_all)
-            if scaler is not None and scaler.is_enabled():
-                loss_selected = nan_unless_finite(loss_selected, self._perturbation.sum_of_squares)
-            _scaled(loss_selected, scaler).backward()
-        return loss.detach(), rest
-
-    def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
-        if not self._perturbation.ascent.two_passes:
-            self.first_step()
-            loss = closure()
-            self.second_step()
-            return loss
-        with self._parallelism.without_synchronization():
-            loss = None if self._has_new_gradients() else closure()
-        if not self._has_new_gradients():
-            raise RuntimeError(
-                "the closure computed no gradients: it has to call loss.backward(), or the batch has to be given, "
-                "step(losses, *batch)"
-            )
-        self.first_step(zero_grad=True)
-        loss_perturbed = closure()
-        self.second_step()
-        return loss_perturbed if loss is None else loss
-
-    def _finish_step(self, closure: Callable[[], Any] | None) -> Any:
-        """``second_step``, or what a GradScaler (which sets ``found_inf`` while it calls ``step``) makes of it."""
-        try:
-            with torch.enable_grad():
-                loss = closure() if closure is not None else None
-            if hasattr(self, "found_inf"):
-                with torch.no_grad():
-                    scaling = (self.base_optimizer, self.grad_scale, self.found_inf)
-                    restore_and_scaled_step(*scaling, self.restore, self.second_step)
-                self._perturbation.ascent.remember(self._perturbation.params)
-                self._remember_used_gradients()
-            else:
-                self.second_step()
-        except BaseException:
-            self.restore()
-            raise
-        return loss
-
-    def _abandon(self) -> None:
-        """Forget a step of which nothing was computed."""
-        if self._perturbation.is_perturbed:
-            self._batch_norm.close()
-            self._perturbation.forget()
+# Hooks around step() are run by ESAM itself: torch does not have to wrap it once more.
+ESAM.step.hooked = True  # type: ignore[attr-defined]
 
 
 class SAM(ESAM):
@@ -389,5 +515,5 @@ class SAM(ESAM):
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)
 
 
-def _scaled(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-    return loss if scaler is None else scaler.scale(loss)
+def _first_given(given: Any, otherwise: Any) -> Any:
+    return otherwise if given is None else given

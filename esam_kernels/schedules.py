@@ -10,8 +10,7 @@ import math
 from typing import Any
 
 from esam_kernels.optimizer import ESAM
-from esam_kernels.perturbation import StochasticWeightPerturbation
-from esam_kernels.selection import check_share
+from esam_kernels.settings import check_rho, check_share
 
 __all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "RhoProportionalToLR", "Schedule"]
 
@@ -71,7 +70,7 @@ class Schedule:
             setattr(self.optimizer, self.name, self._last_value)
 
     def _check(self, value: float) -> float:
-        return StochasticWeightPerturbation.check_rho(value) if self.name == "rho" else check_share(self.name, value)
+        return check_rho(value) if self.name == "rho" else check_share(self.name, value)
 
 
 class ConstantSchedule(Schedule):

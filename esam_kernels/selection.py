@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -279,14 +278,3 @@ def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ..
         return pytree.tree_map(lambda leaf: leaf[first:stop] if isinstance(leaf, Tensor) else leaf, batch)
 
     return [part(first) for first in range(0, samples, micro_batch)]
-
-
-def check_share(name: str, value: Any) -> float:
-    """A share such as beta or gamma.
-
-    Raises:
-        ValueError: not in (0, 1].
-    """
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 < float(value) <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
-    return float(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +75,54 @@ def _are_exact(tensors: list[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
+class _GradientMarks:
+    """Which gradients there are, and at which version: to know later which of them are still the same.
+
+    A gradient that is marked is not kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[weakref.ref[Tensor], int] | None] = []
+
+    def set(self, params: list[Tensor]) -> None:
+        """Mark the gradients that these parameters have now."""
+        grads = _gradients(params)
+        self._seen = [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
+
+    def are_all(self, params: list[Tensor]) -> bool:
+        """Whether every gradient that there is now is a marked one, not written to since."""
+        return all(since == 0 for since in self._versions_since(params))
+
+    def any_nearly(self, params: list[Tensor]) -> bool:
+        """Whether some gradient is a marked one that was written to at most once since."""
+        return any(since is not None and since <= 1 for since in self._versions_since(params))
+
+    def _versions_since(self, params: list[Tensor]) -> Iterator[int | None]:
+        """For each gradient that there is how often it was written to since; None: it is another one."""
+        for i, grad in enumerate(_gradients(params)):
+            if grad is not None:
+                seen = self._seen[i] if i < len(self._seen) else None
+                yield grad._version - seen[1] if seen is not None and seen[0]() is grad else None
+
+
+def _has_node(loss: Tensor, name: str) -> bool:
+    """Whether the graph of a loss holds a ``torch.autograd.Function`` whose backward has this name."""
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == name:
+            return True
+        seen.add(node)
+        waiting.extend(function for function, _ in node.next_functions)
+    return False
+
+
 _in_cpp = native.extension
+has_node: Callable[[Tensor, str], bool] = _in_cpp.has_node if _in_cpp else _has_node
+GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
 are_exact: Callable[[list[Tensor]], bool] = _in_cpp.are_exact if _in_cpp else _are_exact
 gradients: Callable[[list[Tensor]], list[Tensor | None]] = _in_cpp.gradients if _in_cpp else _gradients
 drop_gradients: Callable[[list[Tensor]], None] = _in_cpp.drop_gradients if _in_cpp else _drop_gradients

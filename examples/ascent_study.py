@@ -24,7 +24,7 @@ from torch import nn
 from train import Parser, parse_options
 from trainer import ONE_PASS, Trainer
 
-from esam_kernels.ascent import DEFAULT_RHO
+from esam_kernels.perturbation.ascent import DEFAULT_RHO
 
 RADII = {
     "esam-previous": (0.0125, 0.025, 0.05, 0.1, 0.2),

@@ -23,8 +23,8 @@ from recipes import parse_with_recipe, recipe_name
 from report import Result, plot, summarise, table, write_json
 from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, Trainer, gamma_of
 
-from esam_kernels.ascent import ASCENTS
-from esam_kernels.ascent import DEFAULT_RHO as DEFAULT_RHOS
+from esam_kernels.perturbation.ascent import ASCENTS
+from esam_kernels.perturbation.ascent import DEFAULT_RHO as DEFAULT_RHOS
 from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.

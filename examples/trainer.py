@@ -16,7 +16,7 @@ from models import build_model
 from torch import Tensor
 
 from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm, make_graphed_step
-from esam_kernels.ascent import DEFAULT_RHO as DEFAULT_RHOS
+from esam_kernels.perturbation.ascent import DEFAULT_RHO as DEFAULT_RHOS
 from esam_kernels.schedules import LinearSchedule
 
 # ESAM with one pass a step, and its ascent.

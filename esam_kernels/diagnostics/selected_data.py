@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels.diagnostics.probe import Probe, Vector, dot, mean, norm
-from esam_kernels.selection import check_share, num_selected, select
+from esam_kernels.selection import num_selected, select
+from esam_kernels.settings import check_share
 
 AT = ("perturbed", "weights")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels.diagnostics.probe import Probe, Vector, dot, mean, norm
-from esam_kernels.selection import check_share
+from esam_kernels.settings import check_share
 
 
 class Sharpness(NamedTuple):

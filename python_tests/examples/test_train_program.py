@@ -10,7 +10,7 @@ import train
 import trainer
 
 from esam_kernels import ESAM, SAM
-from esam_kernels.ascent import ASCENTS, DEFAULT_RHO
+from esam_kernels.perturbation.ascent import ASCENTS, DEFAULT_RHO
 
 pytest.importorskip("sklearn")
 

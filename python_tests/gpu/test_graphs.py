@@ -22,7 +22,7 @@ def graphed_and_eager(device, backend_name, *args, **esam):
     graphed, eager = (Training(device, backend_name, *args, **esam) for _ in range(2))
     step = make_graphed_step(graphed.optimizer, graphed.losses, *batches(device, 1)[0])
     if device.type == "cuda":
-        eager.optimizer._perturbation.draw_pool = DRAW_POOL
+        eager.optimizer._perturbation.draw.pool = DRAW_POOL
     return step, graphed, eager
 
 

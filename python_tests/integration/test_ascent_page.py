@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam_kernels.ascent import DEFAULT_RHO
+from esam_kernels.perturbation.ascent import DEFAULT_RHO
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ascent.md"
 TEXT = PAGE.read_text()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, SAM, cross_entropy
-from esam_kernels.ascent import DEFAULT_RHO
+from esam_kernels.perturbation.ascent import DEFAULT_RHO
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.arange(24) % 5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, backends, cross_entropy
-from esam_kernels.ascent import PreviousGradient
+from esam_kernels.perturbation.ascent import PreviousGradient
 from esam_kernels.schedules import CosineSchedule, LinearSchedule
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esam_kernels import SAM
-from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners
+from esam_kernels.perturbation.flat_buffer import FlatBuffers, is_dense, owners
 
 
 def make_params():

@@ -36,7 +36,7 @@ class Recorded:
         count = perturbation.step
         perturbation.lr_tensors = self.lr_tensors
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("esam_kernels.perturbation.is_capturing", lambda: True)  # nothing is uploaded in a replay
+            patch.setattr("esam_kernels.perturbation.swp.is_capturing", lambda: True)  # nothing is uploaded in a replay
             self.loss.copy_(optimizer.step(self.step.closure, *self.step._inputs))
         perturbation.lr_tensors = None
         perturbation.step = count  # a graph knows nothing of the host's counter
@@ -74,7 +74,7 @@ def training(mask):
     options = {"lr": 0.1, "momentum": 0.9, "mask": mask, "rho": 0.2, "backend": "native"}
     optimizer = ESAM(model.parameters(), torch.optim.SGD, **options)
     if mask == "tensor":
-        optimizer._perturbation.draw_pool = DRAW_POOL
+        optimizer._perturbation.draw.pool = DRAW_POOL
     return model, optimizer, lambda x, y: cross_entropy(model(x), y)
 
 

@@ -53,6 +53,7 @@ def expected(params, optimizer, rho, adaptive, eta=0.0):
         seen = [i in drawn for i in range(len(params))]
         masks = [m * s for m, s in zip(masks, seen)]
         factor = 1.0 / math.sqrt(beta) if radius == "paper" else 1.0
+    seen = [is_seen and radius_of > 0.0 for is_seen, radius_of in zip(seen, rho)]
     return oracles.perturbation(
         weights,
         [p.grad.double() for p in params],

@@ -69,6 +69,9 @@ def test_state_holds_seed_step_and_hyperparameters_and_no_backups():
     run(model, optimizer, 0, 2)
     state = optimizer.state_dict()
     assert state["esam"] == {
+        "version": 2,
+        "ascent": "current",
+        "ranking": "rise",
         "seed": 3,
         "step": 2,
         "beta": 0.6,

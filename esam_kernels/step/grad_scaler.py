@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,3 +52,8 @@ def nan_unless_finite(loss: Tensor, sum_of_squares: Tensor | None) -> Tensor:
     if sum_of_squares is None:
         return loss
     return loss * (1.0 + 0.0 * sum_of_squares.sum()).to(loss)
+
+
+def scaled(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """The loss times the scaler's factor; as it is without a scaler."""
+    return loss if scaler is None else scaler.scale(loss)

@@ -36,7 +36,10 @@ class CurrentGradient:
     """g of this batch, from ``.grad`` (Algorithm 1)."""
 
     two_passes = True
-    sign = 1.0
+
+    def sign(self, group: dict[str, Any]) -> float:
+        """Of e along the direction: -1 where the group's base optimizer maximizes, since its worse side is below."""
+        return -1.0 if group.get("maximize") else 1.0
 
     def check(self, base: Optimizer) -> None:
         """Refuse a base optimizer that has not what this needs."""
@@ -62,6 +65,9 @@ class CurrentGradient:
 
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
         """Take over what ``state`` returned."""
+
+    def renumber(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """Other parameters are in the groups than before: what is kept by number has new numbers."""
 
 
 class PreviousGradient(CurrentGradient):
@@ -122,12 +128,22 @@ class PreviousGradient(CurrentGradient):
         """Take over copies, on the parameters' devices."""
         self._history = {i: torch.empty_like(params[i]).copy_(last) for i, last in state.items()}
 
+    def renumber(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """What belongs to parameters that are gone is dropped."""
+        numbers = {id(param): i for i, param in enumerate(now)}
+        moved = {i: numbers[id(param)] for i, param in enumerate(before) if id(param) in numbers}
+        self._history = {moved[i]: last for i, last in self._history.items() if i in moved}
+        self._places = {moved[i]: place for i, place in self._places.items() if i in moved}
+
 
 class Momentum(CurrentGradient):
     """-v: against SGD's momentum buffer or Adam's first moment. The old weights need memory of their own for a step."""
 
     two_passes = False
-    sign = -1.0
+
+    def sign(self, group: dict[str, Any]) -> float:
+        """-1: the base optimizer moves against its momentum, which has the sign of ``maximize`` in it already."""
+        return -1.0
 
     def check(self, base: Optimizer) -> None:
         """Refuse a base optimizer without momentum.

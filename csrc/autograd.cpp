@@ -1,0 +1,107 @@
+#include "autograd.h"
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <typeinfo>
+#include <unordered_set>
+#include <vector>
+
+namespace esam {
+namespace {
+
+namespace py = pybind11;
+
+const at::Tensor& expect_tensor(PyObject* object) {
+  if (!THPVariable_Check(object)) throw py::type_error("expected a torch.Tensor");
+  return THPVariable_Unpack(object);
+}
+
+// Which gradients there are, and at which version. A gradient that is marked is not kept alive: only the few bytes that
+// identify it are.
+class GradientMarks {
+ public:
+  void set(const py::list& params) {
+    seen_.clear();
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      const at::Tensor& grad = expect_tensor(PyList_GET_ITEM(params.ptr(), i)).grad();
+      if (grad.defined()) {
+        seen_.emplace_back(Mark{WeakImpl(grad.getIntrusivePtr()), grad._version()});
+      } else {
+        seen_.emplace_back(std::nullopt);
+      }
+    }
+  }
+
+  bool are_all(const py::list& params) const {
+    return !any(params, [](std::optional<int64_t> since) { return !since || *since != 0; });
+  }
+
+  bool any_nearly(const py::list& params) const {
+    return any(params, [](std::optional<int64_t> since) { return since && *since <= 1; });
+  }
+
+ private:
+  using WeakImpl = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  struct Mark {
+    WeakImpl impl;
+    int64_t version;
+  };
+
+  // Whether `is_so` of any gradient that there is, given how often it was written to since; nothing: it is another one.
+  template <typename Predicate>
+  bool any(const py::list& params, Predicate is_so) const {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      const at::Tensor& grad = expect_tensor(PyList_GET_ITEM(params.ptr(), i)).grad();
+      if (!grad.defined()) continue;
+      std::optional<int64_t> since;
+      const auto place = static_cast<size_t>(i);
+      if (place < seen_.size() && seen_[place] &&
+          seen_[place]->impl._unsafe_get_target() == grad.unsafeGetTensorImpl()) {
+        since = grad._version() - seen_[place]->version;
+      }
+      if (is_so(since)) return true;
+    }
+    return false;
+  }
+
+  std::vector<std::optional<Mark>> seen_;
+};
+
+// torch does not export the type information of PyNode, which dynamic_cast would need.
+bool is_python_function(const torch::autograd::Node& node) {
+  return std::strcmp(typeid(node).name(), "N5torch8autograd6PyNodeE") == 0;
+}
+
+// Whether the graph of a loss holds a torch.autograd.Function whose backward has this name.
+bool has_node(const py::object& loss, const std::string& name) {
+  std::vector<torch::autograd::Node*> open;
+  std::unordered_set<torch::autograd::Node*> seen;
+  const auto visit = [&](torch::autograd::Node* node) {
+    if (node != nullptr && seen.insert(node).second) open.push_back(node);
+  };
+  visit(expect_tensor(loss.ptr()).grad_fn().get());
+  while (!open.empty()) {
+    torch::autograd::Node* const node = open.back();
+    open.pop_back();
+    if (is_python_function(*node) && node->name() == name) return true;
+    for (const torch::autograd::Edge& edge : node->next_edges()) visit(edge.function.get());
+  }
+  return false;
+}
+
+}  // namespace
+
+void register_autograd(py::module_& module) {
+  py::class_<GradientMarks>(module, "GradientMarks")
+      .def(py::init<>())
+      .def("set", &GradientMarks::set)
+      .def("are_all", &GradientMarks::are_all)
+      .def("any_nearly", &GradientMarks::any_nearly);
+  module.def("has_node", &has_node);
+}
+
+}  // namespace esam

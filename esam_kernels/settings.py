@@ -1,0 +1,91 @@
+"""The hyperparameters of a step: one frozen set of them, and the one place where they are checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+MASKS = ("tensor", "element")
+RADII = ("paper", "released")
+ASCENTS = ("current", "previous", "momentum")
+# With these a step has one pass, and no losses before and after the perturbation to select data by.
+ONE_PASS_ASCENTS = ("previous", "momentum")
+RANKINGS = ("rise",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step depends on beside the groups' own ``rho`` and ``adaptive``; see :class:`esam_kernels.ESAM`.
+
+    Raises:
+        ValueError: a value out of range, with its name, what is allowed, and the value.
+    """
+
+    beta: float = 0.6
+    gamma: float = 0.5
+    eta: float = 0.0
+    mask: str = "tensor"
+    radius: str = "paper"
+    eps: float = 1e-12
+    seed: int = 0
+    ascent: str = "current"
+    ranking: str | Callable[..., Any] = "rise"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check(field.name, getattr(self, field.name))
+        for name in ("beta", "gamma", "eta", "eps"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.gamma < 1.0 and self.ascent in ONE_PASS_ASCENTS:
+            raise ValueError(
+                f"gamma must be 1 with this ascent, got {self.gamma}: choosing B+ takes the losses before and after "
+                "the perturbation, and a step with one pass sees only the latter"
+            )
+
+
+def check(name: str, value: Any) -> None:
+    """Refuse the value of one hyperparameter, by its name.
+
+    Raises:
+        ValueError: with the name, what is allowed, and the value.
+    """
+    if name in ("beta", "gamma"):
+        check_share(name, value)
+    elif name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+    elif name == "ranking":
+        if not callable(value) and value not in RANKINGS:
+            raise ValueError(f"ranking must be one of {RANKINGS} or a function of the context, got {value!r}")
+    elif name in ("seed", "step"):
+        if not (isinstance(value, int) and 0 <= value < 2**63):
+            raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
+    elif not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0.0):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+_CHOICES = {"ascent": ASCENTS, "mask": MASKS, "radius": RADII}
+
+
+def check_share(name: str, value: Any) -> float:
+    """A share such as beta or gamma.
+
+    Raises:
+        ValueError: not in (0, 1].
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 < float(value) <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+    return float(value)
+
+
+def check_rho(rho: Any) -> float:
+    """A group's radius.
+
+    Raises:
+        ValueError: negative or not finite.
+    """
+    check("rho", rho)
+    return float(rho)

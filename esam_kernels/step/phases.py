@@ -1,0 +1,231 @@
+"""What a step consists of: pass 1, w -> w + e, the choice of B+, w + e -> w and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_kernels import state
+from esam_kernels.distributed import Parallelism
+from esam_kernels.perturbation.swp import StochasticWeightPerturbation
+from esam_kernels.selection import (
+    batch_size,
+    check_logits,
+    check_losses,
+    num_selected,
+    selected_from_logits_on,
+    selected_on,
+)
+from esam_kernels.step.perturbed_weights import PerturbedWeights
+from esam_kernels.step.replay import RandomState
+from esam_kernels.tensor_lists import GradientMarks, drop_gradients, has_node
+
+# The backward of reentrant checkpointing, in the graph of a loss.
+_REENTRANT = "CheckpointFunctionBackward"
+# In what autograd says where somebody differentiates under no_grad.
+_NO_GRAD_MESSAGE = "does not require grad"
+
+
+class Phases:
+    """The phases of a step, for loops of the user's own and for the plans of :mod:`esam_kernels.step.plan`.
+
+    :class:`esam_kernels.ESAM` documents each under the same name.
+    """
+
+    def __init__(
+        self,
+        perturbation: StochasticWeightPerturbation,
+        parallelism: Parallelism,
+        model: nn.Module | None,
+        sync_perturbation: bool,
+    ) -> None:
+        self.perturbation = perturbation
+        self.parallelism = parallelism
+        self._model = model
+        self.sync_perturbation = sync_perturbation
+        self.weights = PerturbedWeights(perturbation, parallelism, model)
+        self.replays_noise = True
+        # Set while a step is captured: what remembers the random numbers of the first forward.
+        self.remember_noise: Callable[[], Any] | None = None
+        self._ran_backward = False
+        self._looks_with_grad = False
+        # How often the gradients were dropped or zeroed by the optimizer's own zero_grad.
+        self.zeroed = 0
+        #: The gradients that the last step left behind.
+        self.marks = GradientMarks()
+
+    def require(self, *, perturbed: bool, call: str) -> None:
+        """Refuse ``call`` where the weights are perturbed and should not be, or the other way round.
+
+        Raises:
+            RuntimeError: it is refused.
+        """
+        if self.weights.is_open and not perturbed:
+            raise RuntimeError(f"{call} while the weights are perturbed: second_step() or restore() has to come first")
+        if perturbed and not self.weights.is_open:
+            raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
+
+    def noise(self) -> Any:
+        """The state of the random generators now, to be replayed; None where the second look draws its own."""
+        if not self.replays_noise:
+            return None
+        if self.remember_noise is not None:
+            return self.remember_noise()
+        return RandomState(self.perturbation.parameters.devices)
+
+    def drop_gradients(self) -> None:
+        """Set every gradient to None."""
+        self.zeroed += 1
+        drop_gradients(self.perturbation.params)
+
+    def note_zeroed(self) -> None:
+        """The gradients were set to 0 in place: none of them is new."""
+        self.zeroed += 1
+        self.marks.set(self.perturbation.params)
+
+    def follow(self, parallelism: Parallelism) -> None:
+        """The parameters are others than before."""
+        self.parallelism = parallelism
+        self.weights = PerturbedWeights(self.perturbation, parallelism, self._model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Pass 1: the gradients of the parameters that are drawn."""
+        perturbation = self.perturbation
+        self.require(perturbed=False, call="backward")
+        if not perturbation.ascent.two_passes:
+            raise RuntimeError(
+                "this ascent has one pass a step: first_step() before the forward, loss.backward(), second_step()"
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"backward takes the mean loss, one number, got {shape}")
+        drawn = [perturbation.params[i] for i in perturbation.drawn()]
+        if not drawn and not perturbation.trained():
+            raise RuntimeError("no parameter requires a gradient: nothing can be trained")
+        if perturbation.parameters.is_sharded:
+            loss.backward()
+        elif drawn:
+            draws_all = len(drawn) == len(perturbation.trained())
+            if self.parallelism.synchronizes and not draws_all:
+                raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
+            if not has_node(loss, _REENTRANT):
+                loss.backward(inputs=drawn)
+            elif draws_all:
+                loss.backward()
+            else:
+                raise RuntimeError(
+                    "the forward uses torch.utils.checkpoint with use_reentrant=True, which can only compute the "
+                    "gradients of all parameters, and SWP has drawn a part of them: checkpoint with "
+                    'use_reentrant=False, or build the optimizer with mask="element" or beta=1'
+                )
+        self._ran_backward = True
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w -> w + e."""
+        self.require(perturbed=False, call="first_step")
+        self.weights.open(
+            gradients_are_dropped=zero_grad,
+            may_lack_gradients=self._ran_backward,
+            average_over=self.parallelism.process_group if self.sync_perturbation else None,
+        )
+        self._ran_backward = False
+        if zero_grad:
+            self.drop_gradients()
+
+    def look(self, losses: Callable[..., Any], batch: tuple[Any, ...]) -> Any:
+        """What the closure returns at w + e, without gradients.
+
+        A closure that differentiates by itself (a gradient penalty, a force field) needs them: it is called again with
+        gradients then, and from now on at once.
+        """
+        if not self._looks_with_grad:
+            try:
+                with torch.no_grad():
+                    return losses(*batch)
+            except RuntimeError as error:
+                if _NO_GRAD_MESSAGE not in str(error):
+                    raise
+                self._looks_with_grad = True
+        return losses(*batch)
+
+    def num_selected(self, samples: int) -> int:
+        """k, the size of B+. Where no group has a radius it is the whole batch: nothing is perturbed."""
+        return num_selected(self.perturbation.settings.gamma, samples) if any(self.perturbation.radii) else samples
+
+    def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+        """B+ of a batch."""
+        samples = batch_size(tensors)
+        check_losses(loss_before, samples, "loss_before")
+        check_losses(loss_after, samples, "loss_after")
+        k = self.num_selected(samples)
+        if k == samples:
+            return tensors[0] if len(tensors) == 1 else tensors
+        return selected_on(self.perturbation.backend, k, loss_before, loss_after, *tensors)
+
+    def select_from_logits(
+        self,
+        loss_before: Tensor,
+        logits_after: Tensor,
+        target: Tensor,
+        *tensors: Any,
+        label_smoothing: float,
+        ignore_index: int,
+    ) -> Any:
+        """B+ of a batch, from the logits at w + e."""
+        samples = batch_size(tensors)
+        batch_size((logits_after, *tensors))
+        check_losses(loss_before, samples, "loss_before")
+        check_logits(logits_after, target, label_smoothing, ignore_index)
+        k = self.num_selected(samples)
+        if k == samples:
+            return tensors[0] if len(tensors) == 1 else tensors
+        return selected_from_logits_on(
+            self.perturbation.backend,
+            k,
+            loss_before,
+            logits_after,
+            target,
+            *tensors,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """w + e -> w, and the base optimizer's update."""
+        self.require(perturbed=True, call="second_step")
+        self.weights.update()
+        self.end()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The base optimizer's update, and w + e -> w before it where the weights are perturbed."""
+        if self.weights.is_open:
+            self.weights.update()
+        else:
+            self.perturbation.check_gradients(may_lack=True)
+            self.perturbation.update()
+        self.end()
+
+    def end(self) -> None:
+        """The update is done, or was skipped by a GradScaler."""
+        params = self.perturbation.params
+        self.perturbation.ascent.remember(params)
+        state.note(self.perturbation)
+        self.marks.set(params)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """w + e -> w with no update."""
+        if self.weights.is_open:
+            self.weights.restore()
+
+    def give_up(self) -> None:
+        """After an exception, perhaps inside a forward: w + e -> w."""
+        if self.weights.is_open:
+            self.parallelism.leave_forward()
+        self.restore()

@@ -1,0 +1,150 @@
+"""What one step on a batch runs, and what that costs.
+
+The cost is counted in forwards over the whole batch: a backward is two of them, one for the gradients of the inputs of
+each layer and one for those of the weights. The base optimizer's step costs 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from esam_kernels.selection import batch_size, losses_and_rest, num_selected
+from esam_kernels.step.grad_scaler import nan_unless_finite, scaled
+from esam_kernels.step.phases import Phases
+
+Losses = Callable[..., Any]
+Parts = list[tuple[Any, ...]]
+Results = list[tuple[Tensor, Any]]
+"""For each part of the batch its mean loss at w, detached, and what else the closure returned."""
+
+_BASE_FORWARDS = 3.0
+
+
+class Plan(Protocol):
+    """A way to get from a batch to the gradients that the base optimizer's update takes."""
+
+    def forwards(self, phases: Phases) -> float:
+        """The counted cost, in forwards over the whole batch."""
+
+    def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
+        """Compute the gradients of the mean over all parts. The weights may be left perturbed."""
+
+
+def choose(phases: Phases) -> Plan:
+    """The plan of the next step at the present settings."""
+    if not any(phases.perturbation.radii):
+        return BaseStep()
+    return TwoPasses() if phases.perturbation.ascent.two_passes else OnePass()
+
+
+def relative_cost(phases: Phases) -> float:
+    """The counted cost of the next step, in units of the base optimizer's."""
+    return choose(phases).forwards(phases) / _BASE_FORWARDS
+
+
+class BaseStep:
+    """The base optimizer's step: nothing is perturbed, since no group has a radius."""
+
+    def forwards(self, phases: Phases) -> float:
+        """One forward and one backward."""
+        return _BASE_FORWARDS
+
+    def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
+        """One pass over each part."""
+        samples = sum(map(batch_size, parts))
+        results = []
+        for number, part in enumerate(parts, start=1):
+            here = batch_size(part)
+            alone = phases.parallelism.without_synchronization
+            with contextlib.nullcontext() if number == len(parts) else alone():
+                losses_of_part, rest = losses_and_rest(losses(*part), here)
+                loss = losses_of_part.mean()
+                scaled(loss if here == samples else loss * (here / samples), scaler).backward()
+            results.append((loss.detach(), rest))
+        return results
+
+
+class OnePass(BaseStep):
+    """One perturbation along what is in memory already, then one pass over each part."""
+
+    def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
+        """The weights are left at w + e."""
+        phases.first_step()
+        return super().run(phases, losses, parts, scaler)
+
+
+class TwoPasses:
+    """Algorithm 1: the gradient at w, the perturbation, the choice of B+, and the gradient of B+ at w + e."""
+
+    def forwards(self, phases: Phases) -> float:
+        """Pass 1 with the weight gradients of what is drawn, the look at the losses at w + e, and pass 2 over B+."""
+        perturbation, settings = phases.perturbation, phases.perturbation.settings
+        trained = sum(perturbation.params[i].numel() for i in perturbation.trained())
+        candidates = sum(perturbation.params[i].numel() for i in perturbation.candidates())
+        drawn = candidates / max(1, trained) * (settings.beta if settings.mask == "tensor" else 1.0)
+        look = 1.0 if settings.gamma < 1.0 else 0.0
+        return 2.0 + drawn + look + _BASE_FORWARDS * settings.gamma
+
+    def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
+        """Each part from the clean weights, with a perturbation and a B+ of its own; w is left at the last one's w + e.
+
+        Only the second pass of the last part is synchronised with other ranks.
+        """
+        params = phases.perturbation.params
+        selected = sum(num_selected(phases.perturbation.settings.gamma, batch_size(part)) for part in parts)
+        results = []
+        summed: list[Tensor | None] = [None] * len(params)
+        for number, part in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            results.append(self._of_part(phases, losses, part, summed, selected, scaler, is_last))
+            if not is_last:
+                summed = [param.grad for param in params]
+                phases.drop_gradients()
+                phases.restore()
+        return results
+
+    def _of_part(
+        self,
+        phases: Phases,
+        losses: Losses,
+        batch: tuple[Any, ...],
+        summed: list[Tensor | None],
+        selected_in_all: int,
+        scaler: torch.amp.GradScaler | None,
+        is_last: bool,
+    ) -> tuple[Tensor, Any]:
+        """Both passes over ``batch``; the gradients of the second are added to ``summed``."""
+        alone = phases.parallelism.without_synchronization
+        samples = batch_size(batch)
+        noise = phases.noise()
+
+        with alone():
+            loss_before, rest = losses_and_rest(losses(*batch), samples)
+            loss = loss_before.mean()
+            phases.backward(scaled(loss, scaler))
+        phases.first_step(zero_grad=True)
+
+        gamma = phases.perturbation.settings.gamma
+        k = num_selected(gamma, samples)
+        if k < samples or (gamma < 1.0 and phases.parallelism.forward_communicates):
+            with alone(), noise.replay() if noise else contextlib.nullcontext():
+                loss_after, _ = losses_and_rest(phases.look(losses, batch), samples)
+            chosen = phases.select(loss_before, loss_after, *batch)
+            batch = chosen if len(batch) > 1 else (chosen,)
+
+        with contextlib.nullcontext() if is_last else alone():
+            loss_selected, _ = losses_and_rest(losses(*batch), k)
+            for param, grad in zip(phases.perturbation.params, summed):
+                param.grad = grad
+            loss_selected = loss_selected.mean()
+            if k != selected_in_all:
+                loss_selected = loss_selected * (k / selected_in_all)
+            if scaler is not None and scaler.is_enabled():
+                loss_selected = nan_unless_finite(loss_selected, phases.perturbation.sum_of_squares)
+            scaled(loss_selected, scaler).backward()
+        return loss.detach(), rest

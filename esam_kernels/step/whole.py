@@ -1,0 +1,130 @@
+"""The whole of a step in one call: ``step(losses, *batch)``, ``step(closure)``, and ``step()`` where one ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_kernels.selection import batch_size, split
+from esam_kernels.step.closure import ClosureStep
+from esam_kernels.step.grad_scaler import restore_and_scaled_step
+from esam_kernels.step.phases import Phases
+from esam_kernels.step.plan import choose
+
+logger = logging.getLogger("esam_kernels")
+
+Scaling = tuple[Tensor | None, Tensor]
+"""``grad_scale`` and ``found_inf``, as a GradScaler sets them on the optimizer while it calls its ``step``."""
+
+
+class WholeStep:
+    """Runs the phases one after the other; :meth:`esam_kernels.ESAM.step` says how."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self._closures = ClosureStep()
+        self._said_rate_zero = False
+
+    def run(
+        self,
+        closure: Callable[..., Any] | None,
+        batch: tuple[Any, ...],
+        scaling: Scaling | None,
+        micro_batch: int | None,
+        max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Any:
+        """What ``step`` returns. If anything raises, the weights are restored."""
+        phases = self._phases
+        if scaling is not None and closure is not None:
+            raise RuntimeError(
+                "scaler.step(optimizer, closure) would scale the gradients twice: call scaler.step(optimizer) after "
+                "the second backward, or optimizer.step(losses, *batch, scaler=scaler)"
+            )
+        if phases.weights.is_open and not batch:
+            return self._finish(closure, scaling)
+        # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
+        if closure is None and all(group.get("lr") == 0.0 for group in phases.perturbation.base.param_groups):
+            return self._base_step_at_rate_zero()
+        if not callable(closure):
+            raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
+        phases.require(perturbed=False, call="step")
+        if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
+            raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
+        with torch.enable_grad():
+            try:
+                if batch:
+                    return self._on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
+                loss = self._closures.run(phases, closure)
+                phases.update()
+                return loss
+            except BaseException:
+                phases.give_up()
+                raise
+
+    def _on_batch(
+        self,
+        losses: Callable[..., Any],
+        batch: tuple[Any, ...],
+        micro_batch: int | None,
+        max_grad_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Any:
+        parts = split(batch, micro_batch)
+        sizes = [batch_size(part) for part in parts]
+        self._phases.drop_gradients()
+        results = choose(self._phases).run(self._phases, losses, parts, scaler)
+        self._update(max_grad_norm, scaler)
+        loss = results[0][0]
+        if len(parts) > 1:
+            loss = torch.stack([loss * size for (loss, _), size in zip(results, sizes)]).sum() / sum(sizes)
+        rest = [extra for _, extra in results if extra is not None]
+        if not rest:
+            return loss
+        return loss, rest if micro_batch is not None else rest[0]
+
+    def _update(self, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None) -> None:
+        """Back to w, and the base optimizer's update, or what the scaler makes of it."""
+        phases, params = self._phases, self._phases.perturbation.params
+        if scaler is None:
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(params, max_grad_norm)
+            phases.update()
+            return
+        phases.restore()
+        base = phases.perturbation.base
+        if max_grad_norm is not None:
+            scaler.unscale_(base)
+            nn.utils.clip_grad_norm_(params, max_grad_norm)
+        scaler.step(base)
+        phases.end()
+
+    def _finish(self, closure: Callable[[], Any] | None, scaling: Scaling | None) -> Any:
+        """``second_step``, or what a GradScaler makes of it."""
+        phases = self._phases
+        try:
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            if scaling is None:
+                phases.second_step()
+                return loss
+            with torch.no_grad():
+                base = phases.perturbation.base
+                restore_and_scaled_step(base, *scaling, phases.restore, phases.second_step)
+            phases.end()
+        except BaseException:
+            phases.restore()
+            raise
+        return loss
+
+    def _base_step_at_rate_zero(self) -> None:
+        perturbation = self._phases.perturbation
+        if not self._said_rate_zero:
+            logger.warning("step() without a closure, with lr = 0: it took the base optimizer's step alone")
+            self._said_rate_zero = True
+        perturbation.base.step()
+        perturbation.ascent.prepare(perturbation.params)
