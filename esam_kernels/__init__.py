@@ -3,6 +3,7 @@
 from esam_kernels import diagnostics, ops, schedules
 from esam_kernels.graphs import make_graphed_step
 from esam_kernels.optimizer import ESAM, SAM
+from esam_kernels.ranking import RankingContext
 from esam_kernels.selection import cross_entropy, gather, select
 from esam_kernels.step.replay import RandomState, frozen_batch_norm
 
@@ -12,6 +13,7 @@ __all__ = [
     "ESAM",
     "SAM",
     "RandomState",
+    "RankingContext",
     "cross_entropy",
     "diagnostics",
     "frozen_batch_norm",

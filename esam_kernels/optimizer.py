@@ -16,13 +16,14 @@ from esam_kernels.base_optimizer import build_base, group_defaults
 from esam_kernels.perturbation.ascent import ASCENTS, RHO_OF_ASCENT, rho_or_default
 from esam_kernels.perturbation.parameters import listed
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
+from esam_kernels.ranking import RankingContext, find_head, make
 from esam_kernels.settings import Settings
 from esam_kernels.step.phases import Phases
 from esam_kernels.step.plan import relative_cost
 from esam_kernels.step.whole import WholeStep
 
 # What a copy takes over.
-_COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_model")
+_COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_model", "_head")
 
 
 class ESAM(Optimizer):
@@ -45,6 +46,12 @@ class ESAM(Optimizer):
             (0.05, and 1.0 for "momentum").
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
+        ranking: how B+ is ranked. "rise", the paper's: a forward at w + e measures how much each loss rises.
+            "first_order": the first-order term of that rise (appendix A.2) over the weights of the head, from what
+            pass 1 has computed anyway, so that this forward is saved. "random": B+ is drawn, unbiased. Or a function of
+            yours, which is called with a :class:`esam_kernels.RankingContext` and returns a score for each sample,
+            shape (b,): those with the largest are taken. See :mod:`esam_kernels.ranking`.
+        head: the network's last linear layer, for ranking="first_order"; None: the last ``nn.Linear`` of ``model``.
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
         eta: see ``adaptive``.
         mask: "tensor" draws whole parameter tensors, and the gradients of the others are not computed in the first pass
@@ -88,6 +95,8 @@ class ESAM(Optimizer):
         rho: float = RHO_OF_ASCENT,
         beta: float = 0.6,
         gamma: float = 0.5,
+        ranking: str | Callable[[RankingContext], Tensor] = "rise",
+        head: nn.Module | None = None,
         adaptive: bool = False,
         eta: float = 0.0,
         mask: str = "tensor",
@@ -102,12 +111,21 @@ class ESAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         settings = Settings(
-            beta=beta, gamma=gamma, eta=eta, mask=mask, radius=radius, eps=eps, seed=seed, ascent=ascent
+            beta=beta,
+            gamma=gamma,
+            eta=eta,
+            mask=mask,
+            radius=radius,
+            eps=eps,
+            seed=seed,
+            ascent=ascent,
+            ranking=ranking,
         )
         if not (flatten is None or isinstance(flatten, bool)):
             raise ValueError(f"flatten must be True, False or None, got {flatten!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        head = find_head(head, model, needed=make(ranking).needs_head)
         rho = rho_or_default(rho, ascent)
         group_defaults({}, rho, adaptive)
         base, own = build_base(params, base_optimizer, base_kwargs)
@@ -126,14 +144,14 @@ class ESAM(Optimizer):
             group.update(values)
         self.base_optimizer = base
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
-        self._model = model
+        self._model, self._head = model, head
         self._begin(sync_perturbation)
         super().__setstate__({})  # the hooks that torch gives to every optimizer
         state.note(self._perturbation)
 
     def _begin(self, sync_perturbation: bool, replays_noise: bool = True) -> None:
         """What is neither saved nor copied."""
-        self._phases = Phases(self._perturbation, self._parallelism, self._model, sync_perturbation)
+        self._phases = Phases(self._perturbation, self._parallelism, self._model, sync_perturbation, self._head)
         self._phases.replays_noise = replays_noise
         self._whole = WholeStep(self._phases)
         self._is_in_step = False
@@ -331,12 +349,12 @@ class ESAM(Optimizer):
         self._follow()
         self._phases.first_step(zero_grad)
 
-    def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+    def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+: the gamma share of the batch whose losses rise most (Eq. 6). With gamma = 1 the batch itself.
 
         Args:
             loss_before: losses per sample at w, shape (b,).
-            loss_after: losses per sample at w + e, shape (b,).
+            loss_after: losses per sample at w + e, shape (b,); None with a ranking other than "rise".
             tensors: the batch, tensors or pytrees of tensors with the samples in front.
 
         Returns:
@@ -498,7 +516,8 @@ class SAM(ESAM):
         base_optimizer: a torch optimizer class, or an instance over the same parameters.
         rho: radius of the perturbation, >= 0; without one, as for ESAM.
         adaptive: T_w = \\|w\\| + eta instead of 1.
-        kwargs: the other arguments of :class:`ESAM` (not beta, gamma, mask, radius), and the base optimizer's.
+        kwargs: the other arguments of :class:`ESAM` (not beta, gamma, ranking, head, mask, radius), and the base
+            optimizer's.
     """
 
     def __init__(
@@ -509,7 +528,7 @@ class SAM(ESAM):
         adaptive: bool = False,
         **kwargs: Any,
     ) -> None:
-        fixed = {"beta", "gamma", "mask", "radius"} & set(kwargs)
+        fixed = {"beta", "gamma", "ranking", "head", "mask", "radius"} & set(kwargs)
         if fixed:
             raise TypeError(f"SAM has no {', '.join(sorted(fixed))}: use ESAM")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)

@@ -13,7 +13,7 @@ RADII = ("paper", "released")
 ASCENTS = ("current", "previous", "momentum")
 # With these a step has one pass, and no losses before and after the perturbation to select data by.
 ONE_PASS_ASCENTS = ("previous", "momentum")
-RANKINGS = ("rise",)
+RANKINGS = ("rise", "first_order", "random")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from esam_kernels import state
 from esam_kernels.distributed import Parallelism
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
+from esam_kernels.ranking import Head, HeadRecorder, RankingContext, make
 from esam_kernels.selection import (
     batch_size,
     check_logits,
@@ -41,12 +42,16 @@ class Phases:
         parallelism: Parallelism,
         model: nn.Module | None,
         sync_perturbation: bool,
+        head: nn.Linear | None = None,
     ) -> None:
         self.perturbation = perturbation
         self.parallelism = parallelism
         self._model = model
         self.sync_perturbation = sync_perturbation
         self.weights = PerturbedWeights(perturbation, parallelism, model)
+        self.ranking = make(perturbation.settings.ranking)
+        self._recorder = HeadRecorder(head) if head is not None and self.ranking.records_head else None
+        self._head: Head | None = None
         self.replays_noise = True
         # Set while a step is captured: what remembers the random numbers of the first forward.
         self.remember_noise: Callable[[], Any] | None = None
@@ -127,11 +132,14 @@ class Phases:
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e."""
         self.require(perturbed=False, call="first_step")
+        if self._recorder is not None and self._recorder.was_used_once:
+            self._record_head()
         self.weights.open(
             gradients_are_dropped=zero_grad,
             may_lack_gradients=self._ran_backward,
             average_over=self.parallelism.process_group if self.sync_perturbation else None,
         )
+        self._listen(False)
         self._ran_backward = False
         if zero_grad:
             self.drop_gradients()
@@ -156,15 +164,57 @@ class Phases:
         """k, the size of B+. Where no group has a radius it is the whole batch: nothing is perturbed."""
         return num_selected(self.perturbation.settings.gamma, samples) if any(self.perturbation.radii) else samples
 
-    def select(self, loss_before: Tensor, loss_after: Tensor, *tensors: Any) -> Any:
+    def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+ of a batch."""
         samples = batch_size(tensors)
         check_losses(loss_before, samples, "loss_before")
-        check_losses(loss_after, samples, "loss_after")
+        if not self.ranking.looks_again and loss_after is not None:
+            raise ValueError(
+                f"ranking={self.perturbation.settings.ranking!r} needs no losses at w + e: give None as loss_after"
+            )
+        if self.ranking.looks_again:
+            check_losses(loss_after, samples, "loss_after")
         k = self.num_selected(samples)
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
+        if loss_after is None:
+            loss_after = self._scores(loss_before.detach(), tensors)
+            loss_before = torch.zeros_like(loss_after)
+        if self._maximizes():
+            loss_before, loss_after = loss_after, loss_before
         return selected_on(self.perturbation.backend, k, loss_before, loss_after, *tensors)
+
+    def _scores(self, losses: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        """What the ranking makes of pass 1."""
+        if self._head is None and self._recorder is not None:
+            self._record_head()
+        settings = self.perturbation.settings
+        context = RankingContext(losses, batch, self._head, settings.seed, self.perturbation.step)
+        self._head = None
+        scores = self.ranking.scores(context)
+        if scores.shape != losses.shape:
+            raise ValueError(f"the head saw {len(scores)} samples in pass 1, the batch has {len(losses)}")
+        return scores
+
+    def _record_head(self) -> None:
+        """Take what pass 1 left at the head, while its weights are still those of pass 1."""
+        assert self._recorder is not None
+        weight, parameters = self._recorder.head.weight, self.perturbation.parameters
+        place = next((i for i, param in enumerate(parameters.tensors) if param is weight), None)
+        group = {} if place is None else self.perturbation.base.param_groups[parameters.groups[place]]
+        self._head = self._recorder.take(bool(group.get("adaptive")), self.perturbation.settings.eta)
+
+    def _listen(self, listens: bool) -> None:
+        """Pass 1 is recorded at the head, pass 2 is not."""
+        if self._recorder is not None:
+            self._recorder.is_listening = listens
+            self._recorder.forget()
+            if listens:
+                self._head = None
+
+    def _maximizes(self) -> bool:
+        """Whether the base optimizer looks for large losses: the worse side is then where they fall."""
+        return all(group.get("maximize") for group in self.perturbation.base.param_groups)
 
     def select_from_logits(
         self,
@@ -180,6 +230,8 @@ class Phases:
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
         check_logits(logits_after, target, label_smoothing, ignore_index)
+        if not self.ranking.looks_again or self._maximizes():
+            raise ValueError('select_from_logits needs ranking="rise" and a base optimizer that minimizes: call select')
         k = self.num_selected(samples)
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
@@ -199,6 +251,7 @@ class Phases:
         """w + e -> w, and the base optimizer's update."""
         self.require(perturbed=True, call="second_step")
         self.weights.update()
+        self._listen(True)
         self.end()
 
     @torch.no_grad()
@@ -206,6 +259,7 @@ class Phases:
         """The base optimizer's update, and w + e -> w before it where the weights are perturbed."""
         if self.weights.is_open:
             self.weights.update()
+            self._listen(True)
         else:
             self.perturbation.check_gradients(may_lack=True)
             self.perturbation.update()
@@ -223,6 +277,7 @@ class Phases:
         """w + e -> w with no update."""
         if self.weights.is_open:
             self.weights.restore()
+            self._listen(True)
 
     def give_up(self) -> None:
         """After an exception, perhaps inside a forward: w + e -> w."""

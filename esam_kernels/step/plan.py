@@ -87,7 +87,7 @@ class TwoPasses:
         trained = sum(perturbation.params[i].numel() for i in perturbation.trained())
         candidates = sum(perturbation.params[i].numel() for i in perturbation.candidates())
         drawn = candidates / max(1, trained) * (settings.beta if settings.mask == "tensor" else 1.0)
-        look = 1.0 if settings.gamma < 1.0 else 0.0
+        look = 1.0 if settings.gamma < 1.0 and phases.ranking.looks_again else 0.0
         return 2.0 + drawn + look + _BASE_FORWARDS * settings.gamma
 
     def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
@@ -121,7 +121,7 @@ class TwoPasses:
         """Both passes over ``batch``; the gradients of the second are added to ``summed``."""
         alone = phases.parallelism.without_synchronization
         samples = batch_size(batch)
-        noise = phases.noise()
+        noise = phases.noise() if phases.ranking.looks_again else None
 
         with alone():
             loss_before, rest = losses_and_rest(losses(*batch), samples)
@@ -132,8 +132,10 @@ class TwoPasses:
         gamma = phases.perturbation.settings.gamma
         k = num_selected(gamma, samples)
         if k < samples or (gamma < 1.0 and phases.parallelism.forward_communicates):
-            with alone(), noise.replay() if noise else contextlib.nullcontext():
-                loss_after, _ = losses_and_rest(phases.look(losses, batch), samples)
+            loss_after = None
+            if phases.ranking.looks_again:
+                with alone(), noise.replay() if noise else contextlib.nullcontext():
+                    loss_after, _ = losses_and_rest(phases.look(losses, batch), samples)
             chosen = phases.select(loss_before, loss_after, *batch)
             batch = chosen if len(batch) > 1 else (chosen,)
 
