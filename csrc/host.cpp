@@ -63,6 +63,16 @@ py::list addresses(const py::list& tensors) {
   return result;
 }
 
+// Whether both lists hold the same objects in the same order.
+bool are_same(const py::list& one, const py::list& other) {
+  const Py_ssize_t size = PyList_GET_SIZE(one.ptr());
+  if (PyList_GET_SIZE(other.ptr()) != size) return false;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (PyList_GET_ITEM(one.ptr(), i) != PyList_GET_ITEM(other.ptr(), i)) return false;
+  }
+  return true;
+}
+
 // How many hold tensors[i] in Python, and how many its memory; the list is one of the former.
 py::tuple holders(const py::list& tensors, Py_ssize_t i) {
   const at::Tensor& tensor = expect_tensor(tensors, i);
@@ -129,6 +139,7 @@ void register_host(py::module_& module) {
   module.def("are_alike", &are_alike);
   module.def("are_exact", &are_exact);
   module.def("are_plainly_alike", &are_plainly_alike);
+  module.def("are_same", &are_same);
   module.def("drop_gradients", &drop_gradients);
   module.def("gradients", &gradients);
   module.def("increment_version", &increment_version);

@@ -417,7 +417,7 @@ class ESAM(Optimizer):
             self._phases.second_step()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
         if zero_grad:
-            self.zero_grad(set_to_none=True)
+            self._phases.drop_gradients()
 
     def restore(self) -> None:
         """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""

@@ -87,5 +87,6 @@ def check_rho(rho: Any) -> float:
     Raises:
         ValueError: negative or not finite.
     """
-    check("rho", rho)
+    if type(rho) is not float or not 0.0 <= rho < math.inf:  # the usual case at once: every step asks
+        check("rho", rho)
     return float(rho)

@@ -6,6 +6,7 @@ state of each parameter holds its last gradient too.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import fields, replace
 from typing import Any
@@ -31,12 +32,17 @@ _FOREIGN = frozenset(("old_p", "e_w"))
 
 def note(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:
     """What is saved under "esam", noted in every group too: torch.distributed.checkpoint keeps nothing else."""
-    saved = {name: getattr(perturbation.settings, name) for name in _SETTINGS}
-    saved["ranking"] = _name_of(saved["ranking"])
-    saved.update(version=VERSION, step=perturbation.step)
+    saved = {**_named(perturbation.settings), "step": perturbation.step}
     for group in perturbation.base.param_groups:
-        group["esam"] = dict(saved)
+        group["esam"] = saved.copy()
     return saved
+
+
+@functools.lru_cache(maxsize=1)
+def _named(settings: Settings) -> dict[str, Any]:
+    """The hyperparameters by name, and the version; not to be changed."""
+    named = {name: getattr(settings, name) for name in _SETTINGS}
+    return {**named, "ranking": _name_of(settings.ranking), "version": VERSION}
 
 
 def state_dict(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:

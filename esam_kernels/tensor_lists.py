@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,11 @@ def _are_exact(tensors: list[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
+def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether both lists hold the same objects in the same order."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
 class _GradientMarks:
     """Which gradients there are, and at which version: to know later which of them are still the same.
 
@@ -121,6 +127,7 @@ def _has_node(loss: Tensor, name: str) -> bool:
 
 
 _in_cpp = native.extension
+are_same: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_same if _in_cpp else _are_same
 has_node: Callable[[Tensor, str], bool] = _in_cpp.has_node if _in_cpp else _has_node
 GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
 are_exact: Callable[[list[Tensor]], bool] = _in_cpp.are_exact if _in_cpp else _are_exact

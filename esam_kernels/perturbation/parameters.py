@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from esam_kernels import distributed
 from esam_kernels.backends import resolve
 from esam_kernels.perturbation.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
-from esam_kernels.tensor_lists import trained
+from esam_kernels.tensor_lists import are_same, trained
 
 # Parameters begin at whole Philox counters.
 _OFFSET_STEP = 4
@@ -41,6 +40,7 @@ class Parameters:
             raise ValueError(f"flatten=True is not possible: {reason}")
         self.tensors: list[Tensor] = params
         self.groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
+        self._sizes = [len(group["params"]) for group in param_groups]
         self.offsets = _element_offsets(params)
         self.devices = {param.device for param in params}
         self.is_sharded = any(distributed.is_sharded(param) for param in params)
@@ -49,12 +49,10 @@ class Parameters:
 
     def are_those_of(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups still hold these parameters, in the same order and groups."""
-        params = listed(param_groups)
-        if len(params) != len(self.tensors) or not all(map(operator.is_, params, self.tensors)):
-            return False
-        return len(param_groups) == 1 or self.groups == [
-            number for number, group in enumerate(param_groups) for _ in group["params"]
-        ]
+        if len(param_groups) == 1:
+            return are_same(param_groups[0]["params"], self.tensors)
+        sizes = [len(group["params"]) for group in param_groups]
+        return sizes == self._sizes and are_same(listed(param_groups), self.tensors)
 
     def refresh(self) -> None:
         """Flatten again if somebody has moved a parameter out of its buffer."""

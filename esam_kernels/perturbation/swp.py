@@ -146,8 +146,9 @@ class StochasticWeightPerturbation:
         if not is_capturing():
             self.upload()
         settings = self.settings
-        params = [self.params[i] for i in indices]
-        groups = [self.parameters.groups[i] for i in indices]
+        params = _pick(self.params, indices)
+        groups = _pick(self.parameters.groups, indices)
+        offsets = _pick(self.parameters.offsets, indices)
         adaptive = [bool(group["adaptive"]) for group in self.base.param_groups]
         partials = self._operators.norm_partials(params, grads, groups, adaptive, settings.eta, backend=self.backend)
         is_sharded = self.parameters.is_sharded
@@ -157,11 +158,11 @@ class StochasticWeightPerturbation:
             chosen = [j for j, is_free in enumerate(free) if is_free is ours]
             if chosen:
                 self._operators.perturb_(
-                    [params[j] for j in chosen],
-                    [grads[j] for j in chosen],
-                    [] if ours else [backups[j] for j in chosen],
-                    [groups[j] for j in chosen],
-                    [self.parameters.offsets[indices[j]] for j in chosen],
+                    _pick(params, chosen),
+                    _pick(grads, chosen),
+                    [] if ours else _pick(backups, chosen),
+                    _pick(groups, chosen),
+                    _pick(offsets, chosen),
                     partials,
                     self._scale.tensor,
                     adaptive,
@@ -209,7 +210,7 @@ class StochasticWeightPerturbation:
         """
         given = self.ascent.directions(self.params, self.drawn(), self.base)
         indices, grads = list(given), list(given.values())
-        usual = not self.parameters.has_ties and are_plainly_alike(grads, [self.params[i] for i in indices])
+        usual = not self.parameters.has_ties and are_plainly_alike(grads, _pick(self.params, indices))
         return (indices, grads) if usual else self._aligned(given)
 
     def _aligned(self, given: dict[int, Tensor]) -> tuple[list[int], list[Tensor]]:
@@ -282,3 +283,8 @@ class StochasticWeightPerturbation:
     def _finish(self) -> None:
         self.forget()
         self.step += 1
+
+
+def _pick(values: list[Any], indices: Sequence[int]) -> list[Any]:
+    """The values of these numbers, which ascend."""
+    return values if len(values) == len(indices) else [values[i] for i in indices]

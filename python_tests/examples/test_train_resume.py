@@ -85,6 +85,8 @@ def start(directory):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        # Where the tests run under nohup or in the background, a child would ignore ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline().startswith("seed 0  epoch 1/3")
     deadline = time.monotonic() + 60
