@@ -7,7 +7,7 @@ from esam_kernels.ranking import RankingContext
 from esam_kernels.selection import cross_entropy, gather, select
 from esam_kernels.step.replay import RandomState, frozen_batch_norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ESAM",
