@@ -16,7 +16,7 @@ from esam_kernels import distributed, ops
 from esam_kernels.ascent import ASCENTS
 from esam_kernels.backends import reference, resolve
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
-from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
+from esam_kernels.flat_buffer import FlatBuffers, is_dense, owners, why_not_all_flattenable, why_not_flattenable
 from esam_kernels.fused_update import check_rates, plan_update, restore_and_step
 from esam_kernels.selection import check_share
 from esam_kernels.tensor_lists import are_alike, are_plainly_alike, gradients, trained
@@ -114,8 +114,8 @@ class StochasticWeightPerturbation:
             resolve(self.backend, param.device)
         owners([distributed.local_part(param) for param in params])
         reason = why_not_flattenable(params)
-        if self.flatten and reason is not None:
-            raise ValueError(f"flatten=True is not possible: {reason}")
+        if self.flatten and (why := why_not_all_flattenable(params)) is not None:
+            raise ValueError(f"flatten=True is not possible: {why}")
         self._param_groups = param_groups
         self.params: list[Tensor] = params
         self._groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
