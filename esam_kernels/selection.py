@@ -50,7 +50,7 @@ def cross_entropy(
 
     Raises:
         TypeError: logits or target that are no tensors, or an ignore_index that is no integer.
-        ValueError: shapes or dtypes that fit none of the layouts or not ``class_dim``, or label_smoothing outside [0, 1].
+        ValueError: shapes or dtypes that fit none of the layouts, or not ``class_dim``; label_smoothing outside [0, 1].
         IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
 
     Differentiable with respect to ``logits``, twice.

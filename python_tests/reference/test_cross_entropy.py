@@ -70,8 +70,9 @@ def test_where_both_layouts_fit_torchs_is_taken_with_one_warning_a_shape():
     target = torch.randint(0, CLASSES, (4, CLASSES))
     expected = torchs(logits, target).mean(dim=1)
     with pytest.warns(UserWarning, match=r"logits of shape \(4, 5, 5\).*class_dim=1 or class_dim=-1") as given:
-        for samples in (4, 4, 3):
-            torch.testing.assert_close(cross_entropy(logits[:samples], target[:samples]), expected[:samples])
+        losses = [cross_entropy(logits[:samples], target[:samples]) for samples in (4, 4, 3)]
+    for samples, found in zip((4, 4, 3), losses):
+        torch.testing.assert_close(found, expected[:samples])
     assert [warning.filename for warning in given] == [__file__]
     with pytest.warns(UserWarning, match=r"logits of shape \(2, 3, 3\)"):
         cross_entropy(torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.int64))
@@ -123,13 +124,13 @@ def test_a_class_dim_that_does_not_fit_is_refused(shape, target, class_dim, erro
 
 
 def test_b_plus_from_logits_is_ranked_in_the_layout_that_class_dim_says():
-    before, logits = torch.zeros(6), torch.randn(6, CLASSES, CLASSES)
-    target = torch.randint(0, CLASSES, (6, CLASSES))
+    before, logits = torch.zeros(64), torch.randn(64, CLASSES, CLASSES)
+    target = torch.randint(0, CLASSES, (64, CLASSES))
     after = torchs(logits.movedim(-1, 1), target).mean(dim=1)
     got = selection.selected_from_logits_on(
-        "", 2, before, logits, target, torch.arange(6), label_smoothing=0.0, ignore_index=-100, class_dim=-1
+        "", 16, before, logits, target, torch.arange(64), label_smoothing=0.0, ignore_index=-100, class_dim=-1
     )
-    assert got.tolist() == after.topk(2).indices.sort().values.tolist()
+    assert got.tolist() == after.topk(16).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("ignored", [-100, 2])
