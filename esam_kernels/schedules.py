@@ -4,8 +4,8 @@ Each sets its value when it is built and at every ``step()``, and has ``state_di
 ``step()`` where the learning rate's scheduler is called: after the optimizer's step, once a batch or once an epoch.
 
 A group whose own rho is 0 has no part in the perturbation (see :func:`esam_kernels.normalization_groups`), and a
-schedule of rho leaves it at 0. Its own rho is what it has when the first schedule of rho is built, noted in the group as
-``initial_rho``. Where that is 0 in all groups, the schedule sets all.
+schedule of rho leaves it at 0. Its own rho is what it has when the first schedule of rho is built, noted in the group
+as ``initial_rho``. Where that is 0 in all groups, the schedule sets all.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ class CosineSchedule(LinearSchedule):
 class PhaseSchedule(Schedule):
     """``value`` in the steps from ``start`` to before ``stop``, and 0 outside.
 
-    A step at rho = 0 is the base optimizer's, at its price: ``PhaseSchedule(optimizer, "rho", 0.05, start=steps * 7 // 10)``
-    makes the last 30 % of a training ESAM's, and the rest cost what the base optimizer does.
+    A step at rho = 0 is the base optimizer's, at its price. For ESAM in the last 30 % of a training:
+
+    >>> schedule = PhaseSchedule(optimizer, "rho", 0.05, start=steps * 7 // 10)
 
     Args:
         name: "rho"; beta and gamma cannot be 0.
