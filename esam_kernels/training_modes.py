@@ -64,7 +64,7 @@ class ModelBuffers:
 
     def _forget(self) -> None:
         self._is_remembered = False
-        self._batch_norm: list[tuple[nn.Module, bool]] = []
+        self._batch_norm: list[nn.Module] = []
         self._places: list[tuple[nn.Module, str, Tensor | None]] = []
         self._kept: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -76,11 +76,13 @@ class ModelBuffers:
         self.put_back()
         self._is_remembered = True
         for module in self._model.modules():
+            if not module._buffers:
+                continue
             if _is_torchs_batch_norm(module):
-                if module.track_running_stats and module.training:
-                    self._batch_norm.append((module, True))
-                    module.track_running_stats = False  # type: ignore[assignment]
-            elif module._buffers:
+                if module.training and module.track_running_stats:
+                    self._batch_norm.append(module)
+                    _set_tracking(module, False)
+            else:
                 self._places += [(module, name, buffer) for name, buffer in module._buffers.items()]
         buffers = {id(buffer): buffer for _, _, buffer in self._places if buffer is not None and _is_writable(buffer)}
         for key, buffer in buffers.items():
@@ -113,8 +115,8 @@ class ModelBuffers:
         self._forget()
 
     def _let_go(self) -> None:
-        for module, track in self._batch_norm:
-            module.track_running_stats = track  # type: ignore[assignment]
+        for module in self._batch_norm:
+            _set_tracking(module, True)
         for module, name, buffer in self._places:
             if module._buffers[name] is not buffer:
                 _set_buffer(module, name, buffer)
@@ -126,6 +128,11 @@ _BATCH_NORM_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNor
 def _is_torchs_batch_norm(module: nn.Module) -> bool:
     """Whether its forward obeys ``track_running_stats``: a subclass with a forward of its own may not."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward in _BATCH_NORM_FORWARDS
+
+
+def _set_tracking(module: nn.Module, track: bool) -> None:
+    # A module's __setattr__ costs more than the rest of the walk.
+    module.__dict__["track_running_stats"] = track
 
 
 def _is_writable(buffer: Tensor) -> bool:
