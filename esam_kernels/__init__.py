@@ -2,6 +2,7 @@
 
 from esam_kernels import diagnostics, ops, schedules
 from esam_kernels.graphs import make_graphed_step
+from esam_kernels.normalization import normalization_groups
 from esam_kernels.optimizer import ESAM, SAM
 from esam_kernels.ranking import RankingContext
 from esam_kernels.selection import cross_entropy, gather, select
@@ -19,6 +20,7 @@ __all__ = [
     "frozen_batch_norm",
     "gather",
     "make_graphed_step",
+    "normalization_groups",
     "ops",
     "schedules",
     "select",

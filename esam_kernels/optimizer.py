@@ -373,6 +373,7 @@ class ESAM(Optimizer):
         *tensors: Any,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        class_dim: int | None = None,
     ) -> Any:
         """:meth:`select` where the losses after are the :func:`esam_kernels.cross_entropy` of these logits.
 
@@ -385,6 +386,7 @@ class ESAM(Optimizer):
             tensors: the batch, tensors or pytrees of tensors with the samples in front.
             label_smoothing: as of ``loss_before``.
             ignore_index: as of ``loss_before``.
+            class_dim: as of ``loss_before``.
 
         Returns:
             The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
@@ -401,6 +403,7 @@ class ESAM(Optimizer):
             *tensors,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
+            class_dim=class_dim,
         )
 
     def second_step(self, zero_grad: bool = False) -> None:

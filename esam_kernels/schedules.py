@@ -2,6 +2,10 @@
 
 Each sets its value when it is built and at every ``step()``, and has ``state_dict`` and ``load_state_dict``. Call
 ``step()`` where the learning rate's scheduler is called: after the optimizer's step, once a batch or once an epoch.
+
+A group whose own rho is 0 has no part in the perturbation (see :func:`esam_kernels.normalization_groups`), and a
+schedule of rho leaves it at 0. Its own rho is what it has when the first schedule of rho is built, noted in the group
+as ``initial_rho``. Where that is 0 in all groups, the schedule sets all.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any
 from esam_kernels.optimizer import ESAM
 from esam_kernels.settings import check_rho, check_share
 
-__all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "RhoProportionalToLR", "Schedule"]
+__all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "PhaseSchedule", "RhoProportionalToLR", "Schedule"]
 
 _NAMES = ("rho", "beta", "gamma")
 
@@ -22,7 +26,7 @@ class Schedule:
 
     Args:
         optimizer: whose hyperparameter it is.
-        name: "rho" (of every group), "beta" or "gamma".
+        name: "rho" (of every group, except those whose own is 0, as above), "beta" or "gamma".
 
     Raises:
         TypeError: ``optimizer`` is no ESAM or SAM.
@@ -37,6 +41,8 @@ class Schedule:
         self.optimizer = optimizer
         self.name = name
         self.last_epoch = 0
+        # By group, whether a schedule of rho sets it.
+        self.takes_part: list[bool] = []
         self._apply()
 
     def value(self) -> float:
@@ -64,10 +70,18 @@ class Schedule:
     def _apply(self) -> None:
         self._last_value = self.value()
         if self.name == "rho":
-            for group in self.optimizer.param_groups:
-                group["rho"] = self._last_value
+            self._find_new_groups()
+            for group, takes_part in zip(self.optimizer.param_groups, self.takes_part):
+                group["rho"] = self._last_value if takes_part else 0.0
         else:
             setattr(self.optimizer, self.name, self._last_value)
+
+    def _find_new_groups(self) -> None:
+        """Also those that were added since the last step."""
+        groups = self.optimizer.param_groups
+        own = [group.setdefault("initial_rho", group["rho"]) for group in groups]
+        new = own[len(self.takes_part) :]
+        self.takes_part += [rho > 0.0 or not any(own) for rho in new]
 
     def _check(self, value: float) -> float:
         return check_rho(value) if self.name == "rho" else check_share(self.name, value)
@@ -132,6 +146,38 @@ class CosineSchedule(LinearSchedule):
         return (1.0 - math.cos(math.pi * super()._share_of_change())) / 2.0
 
 
+class PhaseSchedule(Schedule):
+    """``value`` in the steps from ``start`` to before ``stop``, and 0 outside.
+
+    A step at rho = 0 is the base optimizer's, at its price. For ESAM in the last 30 % of a training:
+
+    >>> schedule = PhaseSchedule(optimizer, "rho", 0.05, start=steps * 7 // 10)
+
+    Args:
+        name: "rho"; beta and gamma cannot be 0.
+        value: within the phase.
+        start: the first step of the phase, counted from 0, an integer >= 0.
+        stop: the first step after it; None: it lasts to the end.
+    """
+
+    def __init__(self, optimizer: ESAM, name: str, value: float, start: int, stop: int | None = None) -> None:
+        if name != "rho":
+            raise ValueError(f'name must be "rho": outside its phase it is 0, which {name} cannot be')
+        if not _is_integer(start) or start < 0:
+            raise ValueError(f"start must be an integer >= 0, got {start!r}")
+        if stop is not None and not (_is_integer(stop) and stop > start):
+            raise ValueError(f"stop must be None or an integer above start ({start}), got {stop!r}")
+        self.inside, self.start, self.stop = value, start, stop
+        self.name = name
+        _check_range(self, value)
+        super().__init__(optimizer, name)
+
+    def value(self) -> float:
+        """``value`` or 0."""
+        is_inside = self.start <= self.last_epoch and (self.stop is None or self.last_epoch < self.stop)
+        return self.inside if is_inside else 0.0
+
+
 class RhoProportionalToLR(Schedule):
     """rho = rho_0 lr / lr_0 in each group: the radius follows the learning rate, whatever schedules that.
 
@@ -155,6 +201,10 @@ class RhoProportionalToLR(Schedule):
         self._last_value = self.value()
         for group, ratio in zip(self.optimizer.param_groups, self.ratios):
             group["rho"] = ratio * float(group["lr"])
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_total(total_iters: int, least: int) -> None:

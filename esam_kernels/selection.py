@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,14 @@ __all__ = ["batch_size", "check_losses", "cross_entropy", "gather", "num_selecte
 _PASSED_THROUGH = (type(None), bool, int, float, str)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_dim: int | None = None,
+) -> Tensor:
     r"""Cross-entropy of each sample, as ``torch.nn.functional.cross_entropy(..., reduction="none")`` defines it.
 
     .. math:: \ell_i = -\sum_c q_{ic} \log \mathrm{softmax}(x_i)_c, \qquad q = (1 - \epsilon)\, p + \epsilon / C
@@ -26,11 +34,14 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
 
             * (b, C): one prediction a sample;
             * (b, C, d1, ...): torch's layout, with target (b, d1, ...);
-            * (b, T, ..., C): classes last, with target (b, T, ...). Where both layouts fit, torch's is meant.
-        target: class indices, any integer dtype; or class probabilities, floating point, of the shape of ``logits``
-            and with torch's layout.
+            * (b, T, ..., C): classes last, with target (b, T, ...). ``class_dim=-1`` says so.
+        target: class indices, any integer dtype; or class probabilities, floating point, of the shape and the layout of
+            ``logits``.
         label_smoothing: epsilon, in [0, 1].
         ignore_index: positions with this target count neither in the loss nor in the gradient.
+        class_dim: the dimension of ``logits`` that holds the classes, any but the batch's, 0. None: what the shapes
+            say. Where torch's layout and classes last both fit (T equal to C, or class probabilities of three
+            dimensions and more), torch's is taken, with one warning for each shape.
 
     Returns:
         losses, shape (b,), float32 (float64 for float64 logits). Of a sample with several positions it is the mean over
@@ -38,17 +49,18 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
 
     Raises:
         TypeError: logits or target that are no tensors, or an ignore_index that is no integer.
-        ValueError: shapes or dtypes that fit none of the layouts, or label_smoothing outside [0, 1].
+        ValueError: shapes or dtypes that fit none of the layouts, or not ``class_dim``; label_smoothing outside [0, 1].
         IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
 
     Differentiable with respect to ``logits``, twice.
     """
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor) and isinstance(ignore_index, int)):
         _check_kinds(logits, target, ignore_index)
-    shortcut = ops.direct("", logits.device)
+    # The shortcut takes logits (b, C) only.
+    shortcut = ops.direct("", logits.device) if class_dim is None else None
     if shortcut and (losses := shortcut.cross_entropy(logits, target, label_smoothing, ignore_index)) is not None:
         return losses  # type: ignore[no-any-return]
-    dim = check_logits(logits, target, label_smoothing, ignore_index)
+    dim = check_logits(logits, target, label_smoothing, ignore_index, class_dim)
     classes, samples = logits.shape[dim], logits.shape[0]
     labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
@@ -80,7 +92,9 @@ def _check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def check_logits(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> int:
+def check_logits(
+    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int, class_dim: int | None = None
+) -> int:
     """The dimension of the classes."""
     _check_kinds(logits, target, ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -89,25 +103,62 @@ def check_logits(logits: Tensor, target: Tensor, label_smoothing: float, ignore_
         raise ValueError(f"logits must be floating point (b, C, ...), got {logits.dtype} {tuple(logits.shape)}")
     if target.requires_grad:
         raise ValueError("target requires grad: only the logits are differentiated; detach the target")
-    dim = _class_dimension(logits, target)
+    dim = _class_dimension(logits, target, class_dim)
     if logits.shape[dim] == 0:
         raise ValueError(f"logits {tuple(logits.shape)} have no classes")
     return dim
 
 
-def _class_dimension(logits: Tensor, target: Tensor) -> int:
-    shape = tuple(logits.shape)
+def _class_dimension(logits: Tensor, target: Tensor, class_dim: int | None) -> int:
+    last = logits.dim() - 1
+    if class_dim is not None:
+        _check_integer("class_dim", class_dim)
+        dims = [range(last + 1)[class_dim]] if -last <= class_dim <= last and class_dim != 0 else []
+        if not dims or isinstance(class_dim, bool):
+            raise ValueError(
+                f"class_dim must be a dimension of the logits {tuple(logits.shape)} other than the batch's, 0, "
+                f"so 1 to {last} or -{last} to -1, got {class_dim}"
+            )
+    else:
+        dims = [1] if last == 1 else [1, last]
+    fitting = [dim for dim in dims if _fits(logits, target, dim)]
+    if not fitting:
+        raise ValueError(_misfit(logits, target, dims))
+    if len(fitting) > 1:
+        _warn_of_two_layouts(tuple(logits.shape), tuple(target.shape))
+    return fitting[0]
+
+
+def _fits(logits: Tensor, target: Tensor, dim: int) -> bool:
     if target.is_floating_point():
-        if tuple(target.shape) == shape:
-            return 1
-    elif not (target.is_complex() or target.dtype == torch.bool):
-        if tuple(target.shape) == shape[:1] + shape[2:]:
-            return 1
-        if tuple(target.shape) == shape[:-1]:
-            return -1
-    raise ValueError(
+        return target.shape == logits.shape
+    shape = tuple(logits.shape)
+    is_integer = not (target.is_complex() or target.dtype == torch.bool)
+    return is_integer and tuple(target.shape) == shape[:dim] + shape[dim + 1 :]
+
+
+def _misfit(logits: Tensor, target: Tensor, dims: list[int]) -> str:
+    shape = tuple(logits.shape)
+    indices = " or ".join(str(shape[:dim] + shape[dim + 1 :]) for dim in dims)
+    return (
         f"target ({target.dtype}, shape {tuple(target.shape)}) does not fit logits of shape {shape}: it must "
-        f"hold class indices of shape {shape[:1] + shape[2:]} or {shape[:-1]}, or class probabilities of shape {shape}"
+        f"hold class indices of shape {indices}, or class probabilities of shape {shape}"
+    )
+
+
+# The shapes of logits and targets, without the batch, that a warning was given for.
+_WARNED: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+
+
+def _warn_of_two_layouts(logits: tuple[int, ...], target: tuple[int, ...]) -> None:
+    if torch.compiler.is_compiling() or (logits[1:], target[1:]) in _WARNED:
+        return
+    _WARNED.add((logits[1:], target[1:]))
+    warnings.warn(
+        f"cross_entropy: logits of shape {logits} with a target of shape {target} may have their classes in dimension "
+        f"1, as torch has them, or in the last one. Dimension 1 is taken; class_dim=1 or class_dim=-1 says which is "
+        "meant",
+        stacklevel=5,
     )
 
 
@@ -212,11 +263,14 @@ def selected_from_logits_on(
     *tensors: Any,
     label_smoothing: float,
     ignore_index: int,
+    class_dim: int | None = None,
 ) -> Any:
     """:func:`selected_on` where the losses after are the :func:`cross_entropy` of these logits."""
     before, logits = loss_before.detach(), logits_after.detach()
     if logits.dim() != 2:
-        after = cross_entropy(logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index)
+        after = cross_entropy(
+            logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index, class_dim=class_dim
+        )
         return selected_on(backend, k, before, after, *tensors)
     labels = target if target.is_floating_point() else target.to(torch.int64)
     rest = (k, labels, label_smoothing, ignore_index, backend)

@@ -165,3 +165,25 @@ def _holders_of_a_fresh_gradient() -> tuple[int, int]:
 
 
 _HOLDERS_OF_A_FRESH_GRADIENT = _holders_of_a_fresh_gradient()
+
+
+def holders_of_memory(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor how many tensors hold its storage: 1 for a parameter whose memory nobody shares.
+
+    Detached tensors, views, ``.data`` of a twin and the arrays of numpy made from it count; copies do not.
+    """
+    return [_holders_of_storage(tensor) - _HOLDERS_OF_A_FRESH_STORAGE + 1 for tensor in tensors]
+
+
+def _holders_of_storage(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def _holders_of_a_fresh_storage() -> int:
+    # Counted, as above: Python's own object of a storage is a holder in some versions and in others not.
+    with torch.inference_mode(False):
+        return _holders_of_storage(torch.nn.Parameter(torch.zeros(1, device="cpu")))
+
+
+_HOLDERS_OF_A_FRESH_STORAGE = _holders_of_a_fresh_storage()

@@ -2,6 +2,8 @@
 
 A parameter keeps its identity, shape, strides and memory format; only its memory moves. Every view starts on a 64-byte
 boundary: a line of a CPU's cache, and a multiple of the 128 bits that a GPU thread reads and writes at a time.
+
+Memory that somebody else may use stays where it is: see :func:`why_they_stay`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 
-from esam_kernels.tensor_lists import addresses
+from esam_kernels.tensor_lists import addresses, holders_of_memory
 
 ALIGNMENT = 64
 """Bytes."""
@@ -69,6 +72,68 @@ def why_not_flattenable(params: Sequence[Tensor]) -> str | None:
     return None
 
 
+def why_they_stay(params: Sequence[Tensor]) -> dict[int, str]:
+    """The parameters, by number, whose memory somebody else may use, and why: these are not moved.
+
+    * Shared memory (``share_memory_``), and CUDA memory that was sent to or received from another process.
+    * A storage that other tensors hold as well: a twin's ``.data``, a view, a snapshot of ``state_dict()``.
+    * A storage in which several of ``params`` lie, as cuDNN packs the weights of an LSTM.
+    * Memory that torch did not allocate: numpy's, a file's, another library's.
+
+    Parameters that are tied to each other (see :func:`owners`), and held by nobody else, move together.
+    """
+    owner, counts = owners(params), holders_of_memory(params)
+    storages = [param.untyped_storage() for param in params]
+    together: dict[int, list[int]] = {}
+    for i, storage in enumerate(storages):
+        if params[i].numel():
+            together.setdefault(storage._cdata, []).append(i)
+    sent = {reference.cdata for reference in shared_cache.values() if isinstance(reference, StorageWeakRef)}
+    reasons: dict[int, str] = {}
+    for key, members in together.items():
+        first = members[0]
+        if (not params[first].is_cuda and params[first].is_shared()) or key in sent:
+            reason = "lies in memory that is shared with other processes"
+        elif _is_part(key):
+            continue
+        elif len({owner[i] for i in members}) > 1:
+            reason = "lies in one storage with other parameters, as the packed weights of an LSTM or GRU do"
+        elif counts[first] > len(members):
+            reason = "shares its memory with another tensor (a twin's .data, a view or a snapshot of state_dict())"
+        elif not storages[first].resizable():
+            reason = "lies in memory that torch did not allocate (of numpy, a file or another library)"
+        else:
+            continue
+        reasons.update(dict.fromkeys(members, reason))
+    return dict(sorted(reasons.items()))
+
+
+def why_not_all_flattenable(params: Sequence[Tensor]) -> str | None:
+    """Why some of these parameters cannot be flattened, which ``flatten=True`` asks for; None if all can."""
+    reason = why_not_flattenable(params)
+    if reason is None:
+        for i, why in why_they_stay(params).items():
+            return f"parameter {i} {why}. With flatten=None it stays where it is, and the others are flattened"
+    return reason
+
+
+# The storages of all parts of flat buffers, by their address: a parameter that lies in one is in its place.
+_PARTS: dict[int, StorageWeakRef] = {}
+
+
+def _is_part(storage: int) -> bool:
+    reference = _PARTS.get(storage)
+    return reference is not None and not reference.expired()
+
+
+def _note_parts(parts: Sequence[Tensor]) -> None:
+    for key in [key for key, reference in _PARTS.items() if reference.expired()]:
+        del _PARTS[key]
+    for part in parts:
+        storage = part.untyped_storage()
+        _PARTS[storage._cdata] = StorageWeakRef(storage)
+
+
 def _with_its_own_storage(buffer: Tensor, offset: int, numel: int) -> Tensor:
     """A part of ``buffer``, in its memory, that shares no storage with the other parts, yet keeps the memory alive.
 
@@ -84,7 +149,8 @@ class FlatBuffers:
     """Moves ``params`` into one contiguous buffer a dtype, and knows when somebody has moved them out again.
 
     ``buffers`` maps a dtype to its buffer. ``module.to(...)``, ``copy.deepcopy`` and the like give parameters new
-    memory; :meth:`refresh` then flattens anew.
+    memory; :meth:`refresh` then moves those back. Parameters that lie in a flat buffer already, and those of
+    :func:`why_they_stay`, are left where they are.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -94,26 +160,41 @@ class FlatBuffers:
         self._flatten()
 
     def _flatten(self) -> None:
-        owner = owners(self.params)
+        owner, moving = owners(self.params), self._moving()
         offsets: dict[int, int] = {}
         sizes: dict[torch.dtype, int] = {}
-        for i, param in enumerate(self.params):
-            if owner[i] == i and param.numel():
+        for i in moving:
+            param = self.params[i]
+            if owner[i] == i:
                 offsets[i] = sizes.get(param.dtype, 0)
                 step = ALIGNMENT // param.element_size()
                 sizes[param.dtype] = offsets[i] + -(-param.numel() // step) * step
-        self.buffers = {dtype: torch.zeros(n, dtype=dtype, device=self.params[0].device) for dtype, n in sizes.items()}
+        device = self.params[0].device
+        self.buffers |= {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in sizes.items()}
         places: dict[int, Tensor] = {}
         with torch.no_grad():
-            for i, param in enumerate(self.params):
-                if param.numel():
-                    if owner[i] == i:
-                        places[i] = _with_its_own_storage(self.buffers[param.dtype], offsets[i], param.numel())
-                    view = places[owner[i]].as_strided(param.size(), param.stride())
-                    if owner[i] == i:
-                        view.copy_(param)
-                    param.data = view
+            for i in moving:
+                param = self.params[i]
+                if owner[i] == i:
+                    places[i] = _with_its_own_storage(self.buffers[param.dtype], offsets[i], param.numel())
+                view = places[owner[i]].as_strided(param.size(), param.stride())
+                if owner[i] == i:
+                    view.copy_(param)
+                param.data = view
+        _note_parts(list(places.values()))
         self._addresses = addresses(self.params)
+
+    def _moving(self) -> list[int]:
+        """The parameters to be moved, by number."""
+        staying, device = why_they_stay(self.params), self.params[0].device
+        return [
+            i
+            for i, param in enumerate(self.params)
+            if param.numel()
+            and i not in staying
+            and param.device == device
+            and not _is_part(param.untyped_storage()._cdata)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # The parameters' copies have memory of their own: copies of the buffers would only double it.
@@ -123,7 +204,7 @@ class FlatBuffers:
         self.params, self.buffers, self._addresses = state["params"], {}, []
 
     def refresh(self) -> bool:
-        """Flatten again if any parameter has left its place. Returns whether that was so."""
+        """Move back what has left its place. Returns whether anything had."""
         if addresses(self.params) == self._addresses:
             return False
         self._flatten()

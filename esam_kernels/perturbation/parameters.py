@@ -10,7 +10,13 @@ from torch import Tensor
 
 from esam_kernels import distributed
 from esam_kernels.backends import resolve
-from esam_kernels.perturbation.flat_buffer import FlatBuffers, is_dense, owners, why_not_flattenable
+from esam_kernels.perturbation.flat_buffer import (
+    FlatBuffers,
+    is_dense,
+    owners,
+    why_not_all_flattenable,
+    why_not_flattenable,
+)
 from esam_kernels.tensor_lists import are_same, trained
 
 # Parameters begin at whole Philox counters.
@@ -36,8 +42,8 @@ class Parameters:
         check(params, backend)
         self.tied_to = owners([distributed.local_part(param) for param in params])
         reason = why_not_flattenable(params)
-        if flatten and reason is not None:
-            raise ValueError(f"flatten=True is not possible: {reason}")
+        if flatten and (why := why_not_all_flattenable(params)) is not None:
+            raise ValueError(f"flatten=True is not possible: {why}")
         self.tensors: list[Tensor] = params
         self.groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
         self._sizes = [len(group["params"]) for group in param_groups]

@@ -5,7 +5,6 @@ What has to happen at the two ends, and in which order, is written here and nowh
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from esam_kernels.distributed import Parallelism
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
-from esam_kernels.step.replay import frozen_batch_norm
+from esam_kernels.step.replay import ModelBuffers
 
 
 class PerturbedWeights:
@@ -22,7 +21,7 @@ class PerturbedWeights:
     Args:
         perturbation: adds e to the weights, and takes it back.
         parallelism: how the model is spread over processes.
-        model: its running statistics stay as they are while the weights are perturbed; None: no model is known.
+        model: its buffers (running statistics, for one) stay as the first forward left them; None: no model is known.
     """
 
     def __init__(
@@ -30,8 +29,7 @@ class PerturbedWeights:
     ) -> None:
         self._perturbation = perturbation
         self._parallelism = parallelism
-        self._model = model
-        self._frozen = contextlib.ExitStack()
+        self._buffers = None if model is None else ModelBuffers(model)
 
     @property
     def is_open(self) -> bool:
@@ -43,8 +41,8 @@ class PerturbedWeights:
         self._parallelism.reshard()
         self._perturbation.perturb(gradients_are_dropped, may_lack_gradients, average_over)
         torch.clear_autocast_cache()
-        if self._model is not None and self._perturbation.ascent.two_passes:
-            self._frozen.enter_context(frozen_batch_norm(self._model))
+        if self._buffers is not None and self._perturbation.ascent.two_passes:
+            self._buffers.remember()
 
     def restore(self) -> None:
         """w + e -> w."""
@@ -66,9 +64,11 @@ class PerturbedWeights:
     def abandon(self) -> None:
         """Forget weights that were never computed: those of a CUDA graph that failed to be captured."""
         if self.is_open:
-            self._frozen.close()
+            if self._buffers is not None:
+                self._buffers.abandon()
             self._perturbation.forget()
 
     def _close(self) -> None:
-        self._frozen.close()
+        if self._buffers is not None:
+            self._buffers.put_back()
         self._parallelism.reshard()

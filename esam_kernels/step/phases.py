@@ -224,12 +224,13 @@ class Phases:
         *tensors: Any,
         label_smoothing: float,
         ignore_index: int,
+        class_dim: int | None = None,
     ) -> Any:
         """B+ of a batch, from the logits at w + e."""
         samples = batch_size(tensors)
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
-        check_logits(logits_after, target, label_smoothing, ignore_index)
+        check_logits(logits_after, target, label_smoothing, ignore_index, class_dim)
         if not self.ranking.looks_again or self._maximizes():
             raise ValueError('select_from_logits needs ranking="rise" and a base optimizer that minimizes: call select')
         k = self.num_selected(samples)
@@ -244,6 +245,7 @@ class Phases:
             *tensors,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
+            class_dim=class_dim,
         )
 
     @torch.no_grad()

@@ -1,13 +1,14 @@
 """Per-sample cross-entropy against torch's, in every layout; derivatives; half precision; refusals."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from esam_kernels import cross_entropy, select
+from esam_kernels import cross_entropy, select, selection
 
 CLASSES = 5
 
@@ -50,10 +51,86 @@ def test_classes_may_be_last_as_language_models_have_them(shape):
     torch.testing.assert_close(cross_entropy(logits, target), expected)
 
 
-def test_where_both_layouts_fit_torchs_is_meant():
+@pytest.fixture
+def unwarned(monkeypatch):
+    """As in a new process, in which no warning was given yet."""
+    monkeypatch.setattr(selection, "_WARNED", set())
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_where_both_layouts_fit_torchs_is_taken_with_one_warning_a_shape():
     logits = torch.randn(4, CLASSES, CLASSES, dtype=torch.float64)
     target = torch.randint(0, CLASSES, (4, CLASSES))
-    torch.testing.assert_close(cross_entropy(logits, target), torchs(logits, target).mean(dim=1))
+    expected = torchs(logits, target).mean(dim=1)
+    with pytest.warns(UserWarning, match=r"logits of shape \(4, 5, 5\).*class_dim=1 or class_dim=-1") as given:
+        losses = [cross_entropy(logits[:samples], target[:samples]) for samples in (4, 4, 3)]
+    for samples, found in zip((4, 4, 3), losses):
+        torch.testing.assert_close(found, expected[:samples])
+    assert [warning.filename for warning in given] == [__file__]
+    with pytest.warns(UserWarning, match=r"logits of shape \(2, 3, 3\)"):
+        cross_entropy(torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.warns(UserWarning, match=r"target of shape \(4, 5, 5\)"):
+        cross_entropy(logits, logits.softmax(dim=1))
+
+
+@pytest.mark.usefixtures("unwarned", "no_warning")
+@pytest.mark.parametrize("class_dim", [1, 2, -1, -2, 3])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_class_dim_says_where_the_classes_are(class_dim, kind):
+    shape = (4, CLASSES, CLASSES, CLASSES) if class_dim == 3 else (4, CLASSES, CLASSES)
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if kind == "indices":
+        given = in_torchs_layout = torch.randint(0, CLASSES, shape[:-1])
+    else:
+        given = torch.randn(shape, dtype=torch.float64).softmax(dim=class_dim)
+        in_torchs_layout = given.movedim(class_dim, 1)
+    expected = torchs(logits.movedim(class_dim, 1), in_torchs_layout, label_smoothing=0.1).flatten(1).mean(dim=1)
+    losses = cross_entropy(logits, given, label_smoothing=0.1, class_dim=class_dim)
+    torch.testing.assert_close(losses, expected)
+    weights = torch.randn(4, dtype=torch.float64)
+    got, wanted = (torch.autograd.grad((values * weights).sum(), logits)[0] for values in (losses, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.usefixtures("unwarned", "no_warning")
+@pytest.mark.parametrize("class_dim", [None, 1, -1])
+def test_one_prediction_a_sample_has_one_layout(class_dim):
+    logits, target = logits_and_target((CLASSES, CLASSES), torch.float32)
+    torch.testing.assert_close(cross_entropy(logits, target, class_dim=class_dim), torchs(logits, target))
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "class_dim", "error", "message"),
+    [
+        ((4, 5), (4,), 0, ValueError, "other than the batch's, 0, so 1 to 1 or -1 to -1, got 0"),
+        ((4, 5), (4,), 2, ValueError, "class_dim must be a dimension .*got 2"),
+        ((4, 5, 3), (4, 3), -3, ValueError, "so 1 to 2 or -2 to -1, got -3"),
+        ((4, 5), (4,), True, ValueError, "got True"),
+        ((4, 5), (4,), "last", TypeError, "class_dim must be an integer, got 'last'"),
+        ((4, 5, 3), (4, 3), -1, ValueError, r"must hold class indices of shape \(4, 5\), or class probabilities"),
+        ((4, 5, 3), (4, 5), 1, ValueError, r"must hold class indices of shape \(4, 3\), or class probabilities"),
+    ],
+)
+def test_a_class_dim_that_does_not_fit_is_refused(shape, target, class_dim, error, message):
+    with pytest.raises(error, match=message):
+        cross_entropy(torch.randn(shape), torch.zeros(target, dtype=torch.int64), class_dim=class_dim)
+
+
+def test_b_plus_from_logits_is_ranked_in_the_layout_that_class_dim_says():
+    before, logits = torch.zeros(64), torch.randn(64, CLASSES, CLASSES)
+    target = torch.randint(0, CLASSES, (64, CLASSES))
+    after = torchs(logits.movedim(-1, 1), target).mean(dim=1)
+    got = selection.selected_from_logits_on(
+        "", 16, before, logits, target, torch.arange(64), label_smoothing=0.0, ignore_index=-100, class_dim=-1
+    )
+    assert got.tolist() == after.topk(16).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("ignored", [-100, 2])

@@ -13,7 +13,7 @@ PACKAGE = Path(esam_kernels.__file__).parent
 FLOORS = [
     ["backends"],
     ["settings", "tensor_lists", "device_numbers"],
-    ["ops"],
+    ["ops", "normalization"],
     ["distributed"],
     ["selection"],
     ["perturbation", "ranking", "base_optimizer"],

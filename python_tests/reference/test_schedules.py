@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esam_kernels import ESAM, SAM
-from esam_kernels.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, RhoProportionalToLR
+from esam_kernels.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, PhaseSchedule, RhoProportionalToLR
 
 
 def build(**kwargs):
@@ -54,6 +54,93 @@ def test_constant_switches_after_total_iters():
     schedule = ConstantSchedule(optimizer, "gamma", 1.0, end=0.5, total_iters=2)
     assert course(optimizer, schedule, "gamma", 4) == [1.0, 1.0, 0.5, 0.5, 0.5]
     assert course(optimizer, ConstantSchedule(optimizer, "beta", 0.3), "beta", 2) == [0.3] * 3
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [
+        (2, 4, [0.0, 0.0, 0.3, 0.3, 0.0, 0.0]),
+        (0, 1, [0.3, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (3, None, [0.0, 0.0, 0.0, 0.3, 0.3, 0.3]),
+        (0, None, [0.3] * 6),
+        (9, 12, [0.0] * 6),
+    ],
+)
+def test_a_phase_is_inside_from_start_to_before_stop(start, stop, expected):
+    optimizer = build()
+    assert course(optimizer, PhaseSchedule(optimizer, "rho", 0.3, start, stop), "rho", 5) == expected
+
+
+def test_a_phase_works_where_rho_is_zero_from_the_start():
+    optimizer = build(rho=0.0)
+    assert course(optimizer, PhaseSchedule(optimizer, "rho", 0.3, start=1), "rho", 2) == [0.0, 0.3, 0.3]
+
+
+def two_groups(first=0.5, second=0.0):
+    params = list(oracles.mlp().parameters())
+    groups = [{"params": params[:2], "rho": first}, {"params": params[2:], "rho": second}]
+    return SAM(groups, torch.optim.SGD, lr=0.1)
+
+
+def radii(optimizer):
+    return [group["rho"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda o: PhaseSchedule(o, "rho", 0.3, start=1, stop=2), [0.0, 0.3, 0.0]),
+        (lambda o: LinearSchedule(o, "rho", 0.0, 0.2, total_iters=2), [0.0, 0.1, 0.2]),
+        (lambda o: ConstantSchedule(o, "rho", 0.1, 0.7, total_iters=1), [0.1, 0.7, 0.7]),
+        (lambda o: RhoProportionalToLR(o), [0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_group_whose_own_rho_is_zero_stays_at_zero(make, expected):
+    optimizer = two_groups()
+    schedule = make(optimizer)
+    for value in expected:
+        assert radii(optimizer) == pytest.approx([value, 0.0])
+        schedule.step()
+
+
+def test_a_second_schedule_knows_the_groups_own_rho_outside_the_first_ones_phase():
+    optimizer = two_groups()
+    PhaseSchedule(optimizer, "rho", 0.3, start=5)
+    assert radii(optimizer) == [0.0, 0.0]
+    PhaseSchedule(optimizer, "rho", 0.2, start=0)
+    assert radii(optimizer) == [0.2, 0.0]
+
+
+@pytest.mark.parametrize("order", ["schedule first", "optimizer first"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_phase_goes_on_with_the_groups_it_had(steps, order):
+    """Saved outside and inside the phase; loaded into an optimizer built before or after the schedule."""
+    optimizer = two_groups()
+    schedule = PhaseSchedule(optimizer, "rho", 0.3, start=1)
+    for _ in range(steps):
+        schedule.step()
+    saved = optimizer.state_dict(), schedule.state_dict()
+    other = two_groups()
+    if order == "optimizer first":
+        other.load_state_dict(saved[0])
+    resumed = PhaseSchedule(other, "rho", 0.3, start=1)
+    if order == "schedule first":
+        other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for _ in range(3):
+        assert radii(other) == radii(optimizer)
+        schedule.step()
+        resumed.step()
+    assert radii(other) == [0.3, 0.0]
+
+
+def test_a_group_that_is_added_during_a_schedule_takes_part_by_its_own_rho():
+    optimizer = two_groups()
+    schedule = PhaseSchedule(optimizer, "rho", 0.3, start=0)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "rho": 0.0})
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "rho": 0.1})
+    schedule.step()
+    assert radii(optimizer) == [0.3, 0.0, 0.0, 0.3]
 
 
 def test_rho_is_set_in_every_group_and_used_by_the_next_step():
@@ -108,6 +195,7 @@ def test_rho_follows_the_learning_rate_of_each_group():
         lambda o: LinearSchedule(o, "rho", 1.0, 0.0, total_iters=7),
         lambda o: CosineSchedule(o, "gamma", 1.0, 0.5, total_iters=7),
         lambda o: ConstantSchedule(o, "beta", 1.0, 0.5, total_iters=4),
+        lambda o: PhaseSchedule(o, "rho", 0.3, start=2, stop=5),
         lambda o: RhoProportionalToLR(o),
     ],
 )
@@ -150,6 +238,12 @@ def test_a_schedule_goes_on_where_its_state_was_saved(make):
         ),
         (lambda o: ConstantSchedule(o, "rho", 0.1, total_iters=-1), ValueError, "total_iters must be an integer >= 0"),
         (lambda o: LinearSchedule(o.base_optimizer, "rho", 0.1, 0.2, total_iters=2), TypeError, "ESAM or SAM, got SGD"),
+        (lambda o: PhaseSchedule(o, "gamma", 0.5, 1), ValueError, 'name must be "rho": .* which gamma cannot be'),
+        (lambda o: PhaseSchedule(o, "rho", -0.5, 1), ValueError, "rho must be finite.*-0.5"),
+        (lambda o: PhaseSchedule(o, "rho", 0.5, -1), ValueError, "start must be an integer >= 0, got -1"),
+        (lambda o: PhaseSchedule(o, "rho", 0.5, 1.5), ValueError, "start must be an integer >= 0, got 1.5"),
+        (lambda o: PhaseSchedule(o, "rho", 0.5, 3, 3), ValueError, r"an integer above start \(3\), got 3"),
+        (lambda o: PhaseSchedule(o.base_optimizer, "rho", 0.5, 1), TypeError, "ESAM or SAM, got SGD"),
         (lambda o: RhoProportionalToLR(o.base_optimizer), TypeError, "ESAM or SAM, got SGD"),
     ],
 )
