@@ -228,9 +228,9 @@ class HeadRecorder:
         #: Off while the weights are perturbed: pass 2 is not recorded.
         self.is_listening = True
         self._uses: list[tuple[Tensor, Tensor]] = []
-        self._handle = head.register_forward_hook(self._after_forward)
+        # Disabled here and not by a decorator: torch.compiler.disable imports torch._dynamo, which takes a second.
+        self._handle = head.register_forward_hook(torch.compiler.disable(self._after_forward))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.is_listening and args and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(functools.partial(self._after_backward, args[0].detach()))
