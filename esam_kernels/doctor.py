@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from esam_kernels import backends
+from esam_kernels.backends.protocol import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes around the vector widths, one over a block, and a matrix.
@@ -50,7 +50,7 @@ def _describe(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _name(backend: ModuleType) -> str:
+def _name(backend: Backend) -> str:
     return backend.__name__.removeprefix(f"{backends.__name__}.")
 
 
@@ -64,7 +64,7 @@ def _report(name: str, device: torch.device) -> int:
     return len(wrong)
 
 
-def self_check(backend: ModuleType, device: torch.device) -> list[str]:
+def self_check(backend: Backend, device: torch.device) -> list[str]:
     """The operators of ``backend`` that disagree with the reference on ``device``, each with what was seen."""
     reference = backends.load("reference")
     wrong = []
@@ -92,7 +92,7 @@ def _tensors(device: torch.device, dtype: torch.dtype, seed: int) -> list[Tensor
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in _SHAPES]
 
 
-def _perturb(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _perturb(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     params, grads = _tensors(device, dtype, 0), _tensors(device, dtype, 1)
     groups, offsets = [0, 1, 0, 1], [0, 4, 12, 76]
     adaptive = [False, True]
@@ -106,13 +106,13 @@ def _perturb(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> l
     return [partials.sum().float(), *moved, *perturbed, *params]
 
 
-def _sgd(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _sgd(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     params, saved, grads, momentum = (_tensors(device, dtype, seed) for seed in range(4))
     backend.restore_sgd_(params, saved, grads, momentum, False, 0.1, None, 0.9, 0.0, 1e-3, True, False)
     return [*params, *momentum]
 
 
-def _adam(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _adam(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     params, saved, grads = (_tensors(device, dtype, seed) for seed in range(3))
     first, second = ([torch.zeros_like(param) for param in params] for _ in range(2))
     steps = [torch.zeros((), device=device) for _ in params]
@@ -122,7 +122,7 @@ def _adam(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list
     return [*params, *first, *second, *steps]
 
 
-def _cross_entropy(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _cross_entropy(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     logits = _tensors(device, dtype, 0)[3]
     target = torch.arange(33, device=device)
     target[5] = -100
@@ -131,7 +131,7 @@ def _cross_entropy(backend: ModuleType, device: torch.device, dtype: torch.dtype
     return [losses, lse, gradient]
 
 
-def _select_and_gather(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _select_and_gather(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     rows = _tensors(device, dtype, 0)[3]
     before, after = rows[:, 0].float().round(), rows[:, 1].float().round()
     after[3] = torch.nan
@@ -140,7 +140,7 @@ def _select_and_gather(backend: ModuleType, device: torch.device, dtype: torch.d
     return [indices, *(row.view(torch.uint8) for row in backend.gather([rows], indices))]
 
 
-_CHECKS: dict[str, Callable[[ModuleType, torch.device, torch.dtype], list[Tensor]]] = {
+_CHECKS: dict[str, Callable[[Backend, torch.device, torch.dtype], list[Tensor]]] = {
     "perturb and restore": _perturb,
     "SGD": _sgd,
     "Adam": _adam,

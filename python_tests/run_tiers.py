@@ -66,6 +66,7 @@ TIERS = [
     Tier("reference", environment={"ESAM_KERNELS_BACKEND": "reference"}),
     Tier("interpret", needs("triton"), {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}),
     Tier("codegen", needs("triton")),
+    Tier("dry", needs("triton"), {"CUDA_VISIBLE_DEVICES": ""}),
     Tier("native", needs_native),
     Tier("cuda_host", needs_compiler, {"CUDA_VISIBLE_DEVICES": ""}),
     Tier("integration"),

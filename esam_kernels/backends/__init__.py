@@ -1,7 +1,7 @@
 """The implementations behind every operator, and how one is chosen.
 
-A backend is a module with one function per operator of :mod:`esam_kernels.ops`, of the same name and
-arguments, and ``unavailable(device)``, which says why it cannot serve a device (None if it can).
+A backend is a module that declares what :mod:`esam_kernels.backends.protocol` lists: one function per operator of
+:mod:`esam_kernels.ops`, and what else the package may use of it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import functools
 import importlib
 import logging
 import os
-from types import ModuleType
 
 import torch
+
+from esam_kernels.backends import protocol
+from esam_kernels.backends.protocol import Backend
 
 logger = logging.getLogger("esam_kernels")
 
@@ -24,20 +26,19 @@ _DEFAULT_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference"
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The module of the backend ``name``. It can always be imported, whatever the machine lacks."""
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
-    return importlib.import_module(f"esam_kernels.backends.{name}")
+    return protocol.check(importlib.import_module(f"esam_kernels.backends.{name}"))
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why the backend ``name`` cannot serve ``device``, and how to get it; None if it can."""
-    reason: str | None = load(name).unavailable(device)
-    return reason
+    return load(name).unavailable(device)
 
 
-def resolve(name: str | None, device: torch.device) -> ModuleType:
+def resolve(name: str | None, device: torch.device) -> Backend:
     """The backend for tensors on ``device``: ``name``, or ``ESAM_KERNELS_BACKEND``, or the device's default.
 
     Raises:
@@ -47,17 +48,17 @@ def resolve(name: str | None, device: torch.device) -> ModuleType:
     return _resolve(name or os.environ.get(ENVIRONMENT_VARIABLE) or "", device.type, device)
 
 
-def _resolve(name: str, device_type: str, device: torch.device) -> ModuleType:
+def _resolve(name: str, device_type: str, device: torch.device) -> Backend:
     key = (name, device_type)
     if key not in _resolved:
         _resolved[key] = _choose(name, device)
     return _resolved[key]
 
 
-_resolved: dict[tuple[str, str], ModuleType] = {}
+_resolved: dict[tuple[str, str], Backend] = {}
 
 
-def _choose(name: str, device: torch.device) -> ModuleType:
+def _choose(name: str, device: torch.device) -> Backend:
     if name:
         reason = unavailable(name, device)
         if reason is not None:

@@ -18,6 +18,7 @@ from esam_kernels.backends import reference
 from esam_kernels.backends.reference import NUM_PARTIALS
 
 FUSES_UPDATES = True
+direct = None
 
 _HOW_TO_BUILD = (
     "with nvcc (CUDA 12.1 or newer) and a C++ compiler at hand, install with "

@@ -20,8 +20,8 @@ from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
 
 ISA_VARIABLE = "ESAM_KERNELS_ISA"
 
-# restore_sgd_ and restore_adam_ take one pass over memory, so the optimizer should prefer them to restore_.
 FUSES_UPDATES = True
+losses_select_gather = None
 
 _HOW_TO_BUILD = "install a C++ compiler (g++), then `pip install --no-build-isolation .` next to the torch in use"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esam_kernels.backends import resolve
+from esam_kernels.backends.protocol import Direct
 from esam_kernels.tensor_lists import are_exact
 
 _library = torch.library.Library("esam_kernels", "DEF")
@@ -63,6 +64,6 @@ def _nobody_looks_on() -> bool:
     )
 
 
-def direct(backend: str, device: torch.device) -> Any:
+def direct(backend: str, device: torch.device) -> Direct | None:
     """The way of a backend past dispatcher and Python for plain tensors; None where it has none, or in a trace."""
-    return None if torch.compiler.is_compiling() else getattr(resolve(backend, device), "direct", None)
+    return None if torch.compiler.is_compiling() else resolve(backend, device).direct

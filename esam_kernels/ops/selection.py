@@ -230,15 +230,17 @@ def _select_gather(
     _check_looks(before, after, target, k)
     _check_rows(tensors)
     module = resolve(backend, after.device)
-    in_one_launch = getattr(module, "losses_select_gather", None)
-    if in_one_launch is not None:
-        _, _, indices, rows = in_one_launch(before, after, k, tensors, target, label_smoothing, ignore_index)
+    if module.losses_select_gather is not None:
+        looks = (before, after, k, tensors, target, label_smoothing, ignore_index)
+        _, _, indices, rows = module.losses_select_gather(*looks)
         return indices, rows
-    losses = [
-        module.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0] if values.dim() == 2 else values
-        for values in (before, after)
-    ]
-    indices = module.select(*losses, k)
+
+    def losses_of(values: Tensor) -> Tensor:
+        if target is None or values.dim() == 1:
+            return values
+        return module.cross_entropy_forward(values, target, label_smoothing, ignore_index)[0]
+
+    indices = module.select(losses_of(before), losses_of(after), k)
     return indices, module.gather(tensors, indices)
 
 

@@ -52,7 +52,7 @@ def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor]) -> Plan
     where a gradient or a state does not lie in memory as its parameter does.
     """
     if type(base) not in _STEPS or not all(
-        getattr(resolve(backend, device), "FUSES_UPDATES", False) for device in {param.device for param in params}
+        resolve(backend, device).FUSES_UPDATES for device in {param.device for param in params}
     ):
         return None
     hooks = (

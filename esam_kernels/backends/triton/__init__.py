@@ -9,9 +9,24 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from esam_kernels.backends.triton.cross_entropy import cross_entropy_backward as cross_entropy_backward
+    from esam_kernels.backends.triton.cross_entropy import cross_entropy_forward as cross_entropy_forward
+    from esam_kernels.backends.triton.norm import norm_partials as norm_partials
+    from esam_kernels.backends.triton.perturb import perturb_ as perturb_
+    from esam_kernels.backends.triton.select_gather import gather as gather
+    from esam_kernels.backends.triton.select_gather import select as select
+    from esam_kernels.backends.triton.update import restore_ as restore_
+    from esam_kernels.backends.triton.update import restore_adam_ as restore_adam_
+    from esam_kernels.backends.triton.update import restore_sgd_ as restore_sgd_
+
+FUSES_UPDATES = True
+direct = None
+losses_select_gather = None
 
 _MODULE_OF_OPERATOR = {
     "norm_partials": "norm",
@@ -32,6 +47,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
     operator = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_OPERATOR[name]}"), name)
     globals()[name] = operator
     return operator
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF_OPERATOR]
 
 
 @functools.cache
