@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data import UserError
@@ -16,8 +16,8 @@ from benchmarks.rows import Row
 REQUIRED = ("experiment", "scale", "unit", "data", "seed", "settings", "device", "torch", "commit", "date")
 
 
-def load(path: Path) -> list[Row]:
-    """All rows of the file; none where there is no file.
+def load(path: Path, required: Sequence[str] = REQUIRED) -> list[Row]:
+    """All rows of the file, each with the values of ``required``; none where there is no file.
 
     Raises:
         UserError: the file is not a list of rows.
@@ -26,7 +26,7 @@ def load(path: Path) -> list[Row]:
         return []
     try:
         rows = json.loads(path.read_text())
-        missing = {name for row in rows for name in REQUIRED if name not in row}
+        missing = {name for row in rows for name in required if name not in row}
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a file of rows ({error}); mend it, or move it away") from None
     if not isinstance(rows, list) or missing:

@@ -1,0 +1,108 @@
+"""One training of the study: a mode with one choice of hyperparameters, on one seed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study.modes import BY_NAME, Mode
+from benchmarks.study.samples import Samples
+from esam_kernels import ESAM, cross_entropy
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The hyperparameters that the search chooses."""
+
+    lr: float
+    batch_size: int
+    weight_decay: float
+    rho: float | None = None
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value:g}" for name, value in asdict(self).items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to: shares of right answers in percent, the counted cost in units of SGD's step."""
+
+    train_accuracy: float
+    validation_accuracy: float
+    test_accuracy: float
+    cost: float
+    seconds: float
+
+
+def train(
+    mode: Mode | str,
+    trial: Trial,
+    samples: Samples,
+    network: nn.Module,
+    epochs: int,
+    seed: int,
+    bfloat16: bool = False,
+) -> Outcome:
+    """Train ``network`` in place, with cosine decay of the learning rate to 0.
+
+    The label noise is in ``samples``. A last batch that is smaller than the others is left out. ``bfloat16``: under
+    autocast.
+    """
+    mode = BY_NAME[mode] if isinstance(mode, str) else mode
+    inputs, labels = samples.train
+    steps = epochs * (len(labels) // trial.batch_size)
+    if steps == 0:
+        raise ValueError(f"a batch of {trial.batch_size} is more than the {len(labels)} training samples")
+    base = {"lr": trial.lr, "momentum": MOMENTUM, "weight_decay": trial.weight_decay}
+    optimizer, schedules = mode.optimizer(network, trial.rho, seed, steps, **base)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(seed)
+
+    def losses(batch: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return cross_entropy(network(batch), target)
+
+    start = time.perf_counter()
+    cost = 0.0
+    network.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=order).split(trial.batch_size):
+            if len(chosen) < trial.batch_size:
+                break
+            cost += optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
+            step(optimizer, losses, inputs[chosen], labels[chosen])
+            rates.step()
+            for schedule in schedules:
+                schedule.step()
+    seconds = time.perf_counter() - start
+    accuracies = (accuracy(network, *part, bfloat16) for part in (samples.train, samples.validation, samples.test))
+    return Outcome(*accuracies, cost=cost / steps, seconds=round(seconds, 2))
+
+
+def step(optimizer: torch.optim.Optimizer, losses, batch: Tensor, target: Tensor) -> None:
+    """One step of ESAM, or of the plain base optimizer."""
+    if isinstance(optimizer, ESAM):
+        optimizer.step(losses, batch, target)
+        return
+    optimizer.zero_grad()
+    losses(batch, target).mean().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, inputs: Tensor, labels: Tensor, bfloat16: bool = False) -> float:
+    """The share of right answers, in percent."""
+    was_training = network.training
+    network.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        right = sum(
+            (network(batch).argmax(dim=1) == target).sum().item()
+            for batch, target in zip(inputs.split(1000), labels.split(1000))
+        )
+    network.train(was_training)
+    return 100.0 * right / len(labels)
