@@ -1,5 +1,132 @@
-"""(to come)"""
+"""docs/study.md and the chart from the rows: what stands between the marks is written anew."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.paper.store import write
+from benchmarks.study import chart
+from benchmarks.study.modes import MODES
+from benchmarks.study.rows import Rows
+from benchmarks.study.settings import BY_NAME, Setting
+from benchmarks.study.summary import Result, Summary
+
+PAGE = Path("docs") / "study.md"
+CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
+BLOCK = re.compile(r"(<!-- study:(?P<what>[a-z]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 
 
-def update(rows, root, check=False):
+def update(rows: Rows, root: Path, check: bool = False) -> int:
+    """Write the page and the chart, or with ``check`` only compare the page. 1 where it differs."""
+    page = root / PAGE
+    old = page.read_text()
+    new = rendered(old, rows)
+    if check:
+        if old != new:
+            print(f"{page} differs from the rows: python -m benchmarks.study report", file=sys.stderr)
+        return 0 if old == new else 1
+    write(page, new)
+    chart.draw(Summary(rows), root / CHART)
     return 0
+
+
+def rendered(text: str, rows: Rows) -> str:
+    """``text`` with every block made from the rows."""
+    summary = Summary(rows)
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match['what']](summary, rows)}\n{match[3]}", text)
+
+
+def accuracies(summary: Summary, rows: Rows) -> str:
+    """A table for each setting."""
+    parts = [_setting_table(summary, setting) for setting in summary.settings]
+    return "\n\n".join(parts) or "Nothing is measured yet."
+
+
+def _setting_table(summary: Summary, setting: Setting) -> str:
+    lines = [
+        f"### {setting.title}",
+        "",
+        f"{setting.epochs} epochs, {setting.seeds} seeds.",
+        "",
+        "| mode | x SGD | test accuracy, % | - SGD | - SAM | in SAM's time, % | the search chose |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    sgd, sam = summary.result(setting.name, "sgd"), summary.result(setting.name, "sam")
+    assert sgd is not None
+    assert sam is not None
+    for mode in MODES:
+        result = summary.result(setting.name, mode.name)
+        if result is None:
+            continue
+        longer = summary.result(setting.name, mode.name, "time")
+        cells = [mode.text, f"{result.cost:.2f}", _accuracy(result)]
+        cells += [
+            "" if mode.name == "sgd" else str(result.minus(sgd)),
+            "" if mode.name == "sam" else str(result.minus(sam)),
+        ]
+        cells += ["" if longer is None else _accuracy(longer), result.trial]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(result: Result) -> str:
+    return f"{result.mean:.1f} ± {result.error:.1f}"
+
+
+def verdicts(summary: Summary, rows: Rows) -> str:
+    """For each mode its price, and the settings in which it loses."""
+    lines = ["| mode | x SGD | loses in | measured in |", "|---|---:|---|---:|"]
+    for mode in MODES:
+        found = [r for s in summary.settings if (r := summary.result(s.name, mode.name)) is not None]
+        if not found or mode.name in ("sgd", "sam"):
+            continue
+        costs = sorted({f"{result.cost:.2f}" for result in found})
+        cost = costs[0] if len(costs) == 1 else f"{costs[0]} to {costs[-1]}"
+        lost = "; ".join(summary.losses(mode.name)) or "none"
+        lines.append(f"| {mode.text} | {cost} | {lost} | {len(found)} of {len(summary.settings)} |")
+    return "\n".join(lines)
+
+
+def sensitivity(summary: Summary, rows: Rows) -> str:
+    """The best validation accuracy of the search at each batch size."""
+    parts = []
+    for setting in summary.settings:
+        sizes = setting.batch_sizes
+        header = " | ".join(f"batch {size}" for size in sizes)
+        lines = [f"{setting.title}:", "", f"| mode | {header} |", "|---|" + "---:|" * len(sizes)]
+        for mode in MODES:
+            by_size: dict[int, dict[str, list[float]]] = {size: {} for size in sizes}
+            for row in rows.of(setting.name, mode.name, "search"):
+                trials = by_size[row["trial"]["batch_size"]]
+                trials.setdefault(str(row["trial"]), []).append(row["validation_accuracy"])
+            if summary.result(setting.name, mode.name) is None:
+                continue
+            best = [max((sum(v) / len(v) for v in trials.values()), default=None) for trials in by_size.values()]
+            cells = ["not drawn" if value is None else f"{value:.1f}" for value in best]
+            lines.append(f"| {mode.text} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "Nothing is measured yet."
+
+
+def conditions(summary: Summary, rows: Rows) -> str:
+    """Where and with what the rows were measured."""
+    shown = [row for row in rows if row["setting"] in BY_NAME]
+    if not shown:
+        return "Nothing is measured yet."
+
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in shown))
+
+    where = f"{all_of('device')}; torch {all_of('torch')}; commit {all_of('commit')}; {all_of('date')}"
+    return f"{len(shown)} trainings; {where}."
+
+
+BLOCKS: dict[str, Callable[[Summary, Rows], str]] = {
+    "accuracies": accuracies,
+    "verdicts": verdicts,
+    "sensitivity": sensitivity,
+    "conditions": conditions,
+}

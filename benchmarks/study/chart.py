@@ -1,0 +1,91 @@
+"""The chart of the study: test accuracy against the counted cost of a step, a panel for each setting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper import ROOT  # noqa: F401  (puts examples/ on the path)
+from benchmarks.study.modes import MODES, Mode
+from benchmarks.study.settings import Setting
+from benchmarks.study.summary import Summary
+
+# isort: split
+from data import UserError
+
+COLUMNS = 3
+# By what is perturbed: marker and the word in the legend.
+MARKERS = {"sgd": "*", "whole": "o", "normalization": "s", "momentum": "^"}
+
+
+def kind(mode: Mode) -> str:
+    """What the mode perturbs."""
+    if not mode.radii:
+        return "sgd"
+    if mode.settings.get("ascent") == "momentum":
+        return "momentum"
+    return "normalization" if mode.only_normalization else "whole"
+
+
+def draw(summary: Summary, path: Path) -> None:
+    """Write the chart; nothing where no setting is complete.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    settings = summary.settings
+    if not settings:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the chart needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(COLUMNS, len(settings))
+    lines = math.ceil(len(settings) / columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, squeeze=False, figsize=(4.2 * columns + 2.8, 3.6 * lines), layout="constrained"
+    )
+    try:
+        colors = pyplot.get_cmap("tab20").colors
+        handles: dict[str, Any] = {}
+        for setting, axis in zip(settings, axes.flat):
+            _panel(summary, setting, axis, colors, handles)
+        for axis in axes.flat[len(settings) :]:
+            axis.set_axis_off()
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        figure.savefig(temporary, dpi=110, format="png")
+        temporary.replace(path)
+    finally:
+        pyplot.close(figure)
+
+
+def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: dict[str, Any]) -> None:
+    for number, mode in enumerate(MODES):
+        result = summary.result(setting.name, mode.name)
+        if result is None:
+            continue
+        drawn = axis.errorbar(
+            result.cost,
+            result.mean,
+            yerr=result.error,
+            fmt=MARKERS[kind(mode)],
+            color="black" if mode.name in ("sgd", "sam") else colors[number % len(colors)],
+            markersize=9 if mode.name in ("sgd", "sam") else 6,
+            capsize=2,
+        )
+        handles.setdefault(mode.text, drawn)
+    sgd = summary.result(setting.name, "sgd")
+    if sgd is not None:
+        axis.axhline(sgd.mean, color="#999999", linewidth=0.8, linestyle="--")
+    axis.set_title(setting.title, fontsize=10)
+    axis.set_xlabel("cost of a step, in SGD's steps", fontsize=8)
+    axis.set_ylabel("test accuracy, %", fontsize=8)
+    axis.set_xlim(0.9, 2.1)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
