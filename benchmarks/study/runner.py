@@ -6,6 +6,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -32,10 +33,17 @@ def run_unit(unit: Unit, data: str | None) -> Row:
 
 
 def prepare_worker() -> None:
-    """One thread, a low priority; Ctrl-C is the parent's business."""
+    """One thread, a low priority; Ctrl-C is the parent's business, and a worker does not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     os.nice(10)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 class Runner:
