@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -85,11 +86,13 @@ class Phases:
         """Set every gradient to None."""
         self.zeroed += 1
         drop_gradients(self.perturbation.params)
+        self._forget_pass_1()
 
     def note_zeroed(self) -> None:
         """The gradients were set to 0 in place: none of them is new."""
         self.zeroed += 1
         self.marks.set(self.perturbation.params)
+        self._forget_pass_1()
 
     def follow(self, parallelism: Parallelism) -> None:
         """The parameters are others than before."""
@@ -110,14 +113,24 @@ class Phases:
         drawn = [perturbation.params[i] for i in perturbation.drawn()]
         if not drawn and not perturbation.trained():
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
-        if perturbation.parameters.is_sharded:
+        with self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext():
+            self._differentiate(loss, drawn)
+        self._ran_backward = True
+
+    def _differentiate(self, loss: Tensor, drawn: list[Tensor]) -> None:
+        if self.perturbation.parameters.is_sharded:
             loss.backward()
         elif drawn:
-            draws_all = len(drawn) == len(perturbation.trained())
+            draws_all = len(drawn) == len(self.perturbation.trained())
             if self.parallelism.synchronizes and not draws_all:
                 raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
             if not has_node(loss, _REENTRANT):
-                loss.backward(inputs=drawn)
+                extra = [] if self._recorder is None else self._recorder.also_needed(drawn)
+                own = [param.grad for param in extra]
+                drop_gradients(extra)
+                loss.backward(inputs=[*drawn, *extra])
+                for param, grad in zip(extra, own):
+                    param.grad = grad
             elif draws_all:
                 loss.backward()
             else:
@@ -126,14 +139,12 @@ class Phases:
                     "gradients of all parameters, and SWP has drawn a part of them: checkpoint with "
                     'use_reentrant=False, or build the optimizer with mask="element" or beta=1'
                 )
-        self._ran_backward = True
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e."""
         self.require(perturbed=False, call="first_step")
-        if self._recorder is not None and self._recorder.was_used_once:
-            self._record_head()
+        self._take_head()
         self.weights.open(
             gradients_are_dropped=zero_grad,
             may_lack_gradients=self._ran_backward,
@@ -186,30 +197,51 @@ class Phases:
 
     def _scores(self, losses: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """What the ranking makes of pass 1."""
-        if self._head is None and self._recorder is not None:
-            self._record_head()
+        self._take_head()
+        if self._head is None and self.ranking.needs_head:
+            assert self._recorder is not None
+            raise RuntimeError(self._recorder.problem)
         settings = self.perturbation.settings
         context = RankingContext(losses, batch, self._head, settings.seed, self.perturbation.step)
-        self._head = None
         scores = self.ranking.scores(context)
         if scores.shape != losses.shape:
-            raise ValueError(f"the head saw {len(scores)} samples in pass 1, the batch has {len(losses)}")
+            raise ValueError(
+                f"the head saw {len(scores)} samples in pass 1, the batch has {len(losses)}: pass 1 has to see the "
+                "batch that select is given, and nothing else"
+            )
+        self._head = None
         return scores
 
-    def _record_head(self) -> None:
+    def _take_head(self) -> None:
         """Take what pass 1 left at the head, while its weights are still those of pass 1."""
-        assert self._recorder is not None
-        weight, parameters = self._recorder.head.weight, self.perturbation.parameters
-        place = next((i for i, param in enumerate(parameters.tensors) if param is weight), None)
-        group = {} if place is None else self.perturbation.base.param_groups[parameters.groups[place]]
-        self._head = self._recorder.take(bool(group.get("adaptive")), self.perturbation.settings.eta)
+        if self._recorder is None or self._head is not None or not self._recorder.has_recorded:
+            return
+        head = self._recorder.head
+        self._head = self._recorder.take(
+            (self._is_adaptive(head.weight), head.bias is not None and self._is_adaptive(head.bias)),
+            self.perturbation.settings.eta,
+        )
+        if self._head is not None:
+            self._recorder.forget()
+
+    def _is_adaptive(self, param: Tensor) -> bool:
+        """Whether T_w of this parameter's group is not 1."""
+        parameters = self.perturbation.parameters
+        place = next((i for i, own in enumerate(parameters.tensors) if own is param), None)
+        return place is not None and bool(self.perturbation.base.param_groups[parameters.groups[place]]["adaptive"])
+
+    def _forget_pass_1(self) -> None:
+        """The gradients of pass 1 are gone, and so is what it left at the head."""
+        if self._recorder is not None and not self.weights.is_open:
+            self._recorder.forget()
+            self._head = None
 
     def _listen(self, listens: bool) -> None:
         """Pass 1 is recorded at the head, pass 2 is not."""
         if self._recorder is not None:
             self._recorder.is_listening = listens
-            self._recorder.forget()
             if listens:
+                self._recorder.forget()
                 self._head = None
 
     def _maximizes(self) -> bool:

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import esam_kernels
-from esam_kernels import perturbation, ranking, settings
+from esam_kernels import perturbation, settings
 from esam_kernels.perturbation import ascent
 
 PACKAGE = Path(esam_kernels.__file__).parent
@@ -76,5 +76,4 @@ def test_an_import_that_leads_up_is_found():
 def test_names_that_settings_allows_are_those_that_exist():
     assert set(settings.ASCENTS) == set(ascent.ASCENTS)
     assert set(settings.ONE_PASS_ASCENTS) == {name for name, kind in ascent.ASCENTS.items() if not kind.two_passes}
-    assert set(settings.RANKINGS) == set(ranking.RANKINGS)
     assert perturbation.__doc__

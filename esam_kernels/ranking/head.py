@@ -1,0 +1,210 @@
+"""The head, the network's last linear layer, and what pass 1 leaves there."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_kernels.backends.reference import compute_dtype
+from esam_kernels.distributed import is_sharded
+from esam_kernels.ranking.base import Head
+
+_NAME_ONE = "name the network's last linear layer: ESAM(..., head=model.fc)"
+
+
+def find_head(head: nn.Module | None, model: nn.Module | None, *, needed: bool) -> nn.Linear | None:
+    """The head that is given, or the last ``nn.Linear`` of the model.
+
+    Raises:
+        TypeError: what is given is no ``nn.Linear``.
+        ValueError: it is needed, and there is none.
+    """
+    if head is not None:
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head must be a torch.nn.Linear, got {type(head).__name__}: {_NAME_ONE}")
+        return head
+    layers = [] if model is None else [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if layers:
+        return layers[-1]
+    if needed:
+        where = "no model was given" if model is None else f"{type(model).__name__} has no torch.nn.Linear"
+        raise ValueError(f'ranking="first_order" needs a head, and {where}: {_NAME_ONE}')
+    return None
+
+
+class _Use:
+    """One forward of the head: its input, and the gradient of its output as the last backward left it."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.input = inputs
+        self.output_grad: Tensor | None = None
+
+
+class HeadRecorder:
+    """Records what a linear layer is given in pass 1, and the gradient of what it returns.
+
+    Backwards inside :meth:`pass_1` count, each of which may use the head once: several are parts of one batch, in
+    order. If there is none, one that the user started without it counts. Nothing is kept of a forward that is not
+    differentiated, and nothing of the layer holds the recorder: when it goes, its hook goes.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        #: Off while the weights are perturbed: pass 2 is not recorded.
+        self.is_listening = True
+        self._is_pass_1 = False
+        self.forget()
+        handle = head.register_forward_hook(_Hook(self), with_kwargs=True)
+        weakref.finalize(self, handle.remove).atexit = False
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._parts: list[list[_Use]] = []
+        # Of backwards that the user started. More than one is refused anyway: only the first is kept.
+        self._others: list[_Use] = []
+        self._num_others = 0
+        self._saw_no_grad = False
+
+    @contextlib.contextmanager
+    def pass_1(self) -> Iterator[None]:
+        """Around a backward of pass 1."""
+        self._is_pass_1 = True
+        self._parts.append([])
+        try:
+            yield
+        except BaseException:
+            self._parts.pop()
+            raise
+        finally:
+            self._is_pass_1 = False
+
+    def also_needed(self, drawn: list[Tensor]) -> list[Tensor]:
+        """What has to be differentiated beside ``drawn``, so that the gradient of the head's output surely is."""
+        own = [param for param in (self.head.bias, self.head.weight) if param is not None]
+        own = [param for param in own if param.is_leaf and param.requires_grad]
+        return [] if any(param is each for param in own for each in drawn) else own[:1]
+
+    def after_forward(self, inputs: Any, output: Any) -> None:
+        """Called by the layer."""
+        if not self.is_listening or not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
+            return
+        if output.requires_grad:
+            output.register_hook(_GradHook(self, _Use(inputs.detach())))
+        else:
+            self._saw_no_grad = True
+
+    def after_backward(self, use: _Use, grad: Tensor) -> None:
+        """Called by autograd, once for each backward through the same forward."""
+        if not self.is_listening:
+            return
+        is_new = use.output_grad is None
+        use.output_grad = grad.detach()
+        if self._is_pass_1:
+            if use not in self._parts[-1]:
+                self._parts[-1].append(use)
+        elif is_new:
+            self._num_others += 1
+            self._others = self._others or [use]
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether anything was."""
+        return bool(self._parts or self._others)
+
+    @property
+    def problem(self) -> str | None:
+        """Why :meth:`take` returns None; None: it does not."""
+        uses = self._num_others
+        if self._parts:
+            uses = max(map(len, self._parts)) if all(self._parts) else 0
+        if uses == 1:
+            return None
+        name = f"the head (Linear with {self.head.out_features} outputs)"
+        if uses > 1:
+            return (
+                f"{name} was used {uses} times in pass 1, and this ranking needs a layer that is used once: "
+                f"{_NAME_ONE}. If other losses are differentiated between the steps, start pass 1 with "
+                "optimizer.backward(loss)"
+            )
+        if self._saw_no_grad:
+            return (
+                f"{name} was run without gradients in pass 1, and this ranking reads the gradient of its output: "
+                "do not put it under torch.no_grad(), and let a weight at or before it train"
+            )
+        return (
+            f"{name} was not seen in pass 1. Either it has no part in the loss, or no weight at or before it was "
+            f"drawn: {_NAME_ONE}. Or the model was compiled and run before the optimizer was built: build the "
+            "optimizer first"
+        )
+
+    def take(self, adaptive: tuple[bool, bool] = (False, False), eta: float = 0.0) -> Head | None:
+        """What pass 1 left, or None if there is a :attr:`problem`.
+
+        Args:
+            adaptive: whether T_w of its weight's group, and of its bias's, is |w| + eta.
+            eta: see ``adaptive``.
+        """
+        if self.problem is not None:
+            return None
+        uses = [part[0] for part in self._parts] or self._others
+        grads = [use.output_grad for use in uses if use.output_grad is not None]
+        weight, bias = self.head.weight, self.head.bias
+        return Head(
+            uses[0].input if len(uses) == 1 else torch.cat([use.input for use in uses]),
+            grads[0] if len(uses) == 1 else torch.cat(grads),
+            has_bias=bias is not None,
+            transform=(
+                _squared_scale(weight, eta) if adaptive[0] else None,
+                _squared_scale(bias, eta) if adaptive[1] and bias is not None else None,
+            ),
+        )
+
+
+class _Hook:
+    """The forward hook. It may be copied and pickled with its layer: the copy belongs to no recorder, and does nothing.
+
+    torch.compile leaves it out of its graphs.
+    """
+
+    def __init__(self, recorder: HeadRecorder | None) -> None:
+        self._recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
+        # Not a decorator: torch.compiler.disable imports torch._dynamo, which takes a second.
+        self._record = _nothing if recorder is None else torch.compiler.disable(self._call_recorder)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._record(args[0] if args else kwargs.get("input"), output)
+
+    def _call_recorder(self, inputs: Any, output: Any) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.after_forward(inputs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+class _GradHook:
+    """The hook on the head's output: a graph that somebody keeps does not keep the recorder."""
+
+    def __init__(self, recorder: HeadRecorder, use: _Use) -> None:
+        self._recorder, self._use = weakref.ref(recorder), use
+
+    def __call__(self, grad: Tensor) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.after_backward(self._use, grad)
+
+
+def _squared_scale(param: Tensor, eta: float) -> Tensor:
+    """T_w^2 = (|w| + eta)^2."""
+    whole: Tensor = param.full_tensor() if is_sharded(param) else param  # type: ignore[attr-defined]
+    return (whole.detach().to(compute_dtype(whole.dtype)).abs() + eta).square()

@@ -1,0 +1,33 @@
+"""ranking="random"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esam_kernels.backends import reference
+from esam_kernels.device_numbers import DeviceNumbers, is_capturing
+from esam_kernels.ranking.base import Ranking, RankingContext
+
+# Samples count in a part of the Philox space that neither elements nor tensors reach.
+_STREAM = 3 << 61
+
+
+class Random(Ranking):
+    """A B+ drawn from the seed and the step, every one as likely: the expected second gradient is SAM's."""
+
+    def __init__(self) -> None:
+        self._words = DeviceNumbers(torch.float64)
+
+    def scores(self, context: RankingContext) -> Tensor:
+        """A random number for each sample: the same on every device and backend."""
+        losses = context.losses
+        if not is_capturing():
+            self.upload(context.seed, context.step, len(losses), losses.device)
+        return self._words.tensor
+
+    def upload(self, seed: int, step: int, samples: int, device: torch.device) -> None:
+        """The words of this step."""
+        counters = torch.arange(-(-samples // 4), device="cpu") + _STREAM
+        words = torch.stack(reference.philox(counters, step, seed), dim=-1).flatten()[:samples]
+        self._words.set(words.tolist(), device)
