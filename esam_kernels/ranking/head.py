@@ -14,6 +14,10 @@ from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.distributed import is_sharded
 from esam_kernels.ranking.base import Head
 
+_BREAKS_THE_GRAPH = (
+    "this ranking of ESAM reads the gradient of the head's output: compile without fullgraph=True, or take "
+    'ranking="rise" or "random"'
+)
 _NAME_ONE = "name the network's last linear layer: ESAM(..., head=model.fc)"
 
 
@@ -168,13 +172,15 @@ class HeadRecorder:
 class _Hook:
     """The forward hook. It may be copied and pickled with its layer: the copy belongs to no recorder, and does nothing.
 
-    torch.compile leaves it out of its graphs.
+    torch.compile breaks its graph here.
     """
 
     def __init__(self, recorder: HeadRecorder | None) -> None:
         self._recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
         # Not a decorator: torch.compiler.disable imports torch._dynamo, which takes a second.
-        self._record = _nothing if recorder is None else torch.compiler.disable(self._call_recorder)
+        self._record = (
+            _nothing if recorder is None else torch.compiler.disable(self._call_recorder, reason=_BREAKS_THE_GRAPH)
+        )
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._record(args[0] if args else kwargs.get("input"), output)

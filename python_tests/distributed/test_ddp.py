@@ -19,6 +19,7 @@ from training import (
     assert_same,
     batches,
     build_model,
+    head_products,
     losses_of,
     train_alone,
     train_on_joined_batches,
@@ -50,6 +51,19 @@ def test_one_pass_goes_along_what_the_ranks_have_in_common(ascent: str, sync: bo
     options = {**SGD, **ELEMENT, "gamma": 1.0, "ascent": ascent}
     got = run_ranks(train_on_ranks, "ddp", {**options, "sync_perturbation": sync}, 10, {})
     assert_same(got, train_on_joined_batches(options, 10))
+
+
+@pytest.mark.parametrize("ranking", ["first_order", "random"])
+def test_each_rank_ranks_its_own_batch_from_pass_1(ranking: str) -> None:
+    options = {**SGD, **TENSOR, "ranking": ranking}
+    got = run_ranks(train_on_ranks, "ddp", options, 10, {})
+    assert_same(got, train_replicas(options, 10))
+
+
+def test_with_a_synchronised_perturbation_each_rank_still_ranks_its_own_batch() -> None:
+    options = {**SGD, **TENSOR}
+    got = run_ranks(train_on_ranks, "ddp", {**options, "sync_perturbation": True, "ranking": "first_order"}, 10, {})
+    assert_same(got, train_alone(options, 10, scores=head_products))
 
 
 def test_micro_batches_accumulate_as_in_one_process() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from training import (
     assert_same,
     batches,
     build_model,
+    head_products,
     joined,
     losses_of,
     shard,
@@ -47,6 +49,19 @@ def test_one_pass_equals_one_process(ascent: str) -> None:
     options = {**SGD, **TENSOR, "gamma": 1.0, "ascent": ascent}
     got = run_ranks(train_on_ranks, "fsdp", options, 10, {})
     assert_same(got, train_on_joined_batches(options, 10))
+
+
+@pytest.mark.parametrize("swp", [TENSOR, ADAPTIVE], ids=["tensor", "adaptive"])
+def test_first_order_ranks_each_ranks_own_batch(swp: dict[str, Any]) -> None:
+    got = run_ranks(train_on_ranks, "fsdp", {**SGD, **swp, "ranking": "first_order"}, 10, {})
+    scores = partial(head_products, eta=swp["eta"]) if swp.get("adaptive") else head_products
+    assert_same(got, train_alone({**SGD, **swp}, 10, scores=scores))
+
+
+def test_random_draws_the_same_samples_on_every_rank() -> None:
+    options = {**SGD, **TENSOR}
+    got = run_ranks(train_on_ranks, "fsdp", {**options, "ranking": "random"}, 10, {})
+    assert_same(got, train_alone({**options, "ranking": "random"}, 10))
 
 
 def test_three_ranks_with_empty_shards_equal_one_process() -> None:

@@ -95,9 +95,17 @@ def train_on_ranks(kind: str, options: dict[str, Any], steps: int, step: dict[st
 
 
 def train_alone(
-    options: dict[str, Any], steps: int, ranks: int = 2, parts: int = 1, max_grad_norm: float | None = None
+    options: dict[str, Any],
+    steps: int,
+    ranks: int = 2,
+    parts: int = 1,
+    max_grad_norm: float | None = None,
+    scores: Any = None,
 ) -> list[Tensor]:
-    """One process, one perturbation from the gradient of all ranks' batches; each batch selects its own share."""
+    """One process, one perturbation from the gradient of all ranks' batches; each batch selects its own share.
+
+    ``scores(model, inputs, targets)``, at w, ranks the samples of each batch; None: the rise of their losses does.
+    """
     model = build_model()
     optimizer = ESAM(model.parameters(), model=model, **options)
     losses = losses_of(model)
@@ -109,10 +117,13 @@ def train_alone(
             micro = [(inputs.chunk(parts)[number], targets.chunk(parts)[number]) for inputs, targets in step]
             optimizer.zero_grad()
             before = [losses(*part) for part in micro]
+            ranked = [scores(model, *part) for part in micro] if scores else []
             optimizer.backward(torch.cat(before).mean())
             optimizer.first_step(zero_grad=True)
             with torch.no_grad():
-                after = [losses(*part) for part in micro]
+                looks_again = optimizer._phases.ranking.looks_again
+                after = ranked or [losses(*part) if looks_again else None for part in micro]
+                before = [torch.zeros_like(score) for score in ranked] or before
             chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
             losses(*joined(chosen)).mean().backward()
             sums = [total + param.grad / parts for total, param in zip(sums, model.parameters())]
@@ -122,6 +133,20 @@ def train_alone(
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.second_step(zero_grad=True)
     return weights(model)
+
+
+def head_products(model: nn.Module, inputs: Tensor, targets: Tensor, eta: float | None = None) -> Tensor:
+    """grad l_i . T^2 grad L over the head, for each sample: what ranking="first_order" computes, by autograd.
+
+    T is |w| + eta, or 1 where ``eta`` is None.
+    """
+    params = list(model[5].parameters())  # type: ignore[index]
+    each = losses_of(model)(inputs, targets)
+    whole = torch.autograd.grad(each.mean(), params, retain_graph=True)
+    if eta is not None:
+        whole = tuple(g * (w.detach().abs() + eta) ** 2 for g, w in zip(whole, params))
+    own = [torch.autograd.grad(loss, params, retain_graph=True) for loss in each]
+    return torch.stack([sum((g * o).sum() for g, o in zip(whole, mine)) for mine in own])  # type: ignore[misc]
 
 
 def train_on_joined_batches(options: dict[str, Any], steps: int, ranks: int = 2) -> list[Tensor]:
@@ -160,8 +185,10 @@ def _second_gradients(model: nn.Module, optimizer: ESAM, batch: tuple[Tensor, Te
     before = losses(*batch)
     optimizer.backward(before.mean())
     optimizer.first_step(zero_grad=True)
-    with torch.no_grad():
-        after = losses(*batch)
+    after = None
+    if optimizer._phases.ranking.looks_again:
+        with torch.no_grad():
+            after = losses(*batch)
     losses(*optimizer.select(before, after, *batch)).mean().backward()
     grads = [param.grad for param in model.parameters()]
     optimizer.zero_grad()
