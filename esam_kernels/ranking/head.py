@@ -62,6 +62,8 @@ class HeadRecorder:
         #: Off while the weights are perturbed: pass 2 is not recorded.
         self.is_listening = True
         self._is_pass_1 = False
+        # The parameters that the head's output depends on, by identity.
+        self._before_head: set[int] = set()
         self.forget()
         handle = head.register_forward_hook(_Hook(self), with_kwargs=True)
         weakref.finalize(self, handle.remove).atexit = False
@@ -73,6 +75,10 @@ class HeadRecorder:
         self._others: list[_Use] = []
         self._num_others = 0
         self._saw_no_grad = False
+
+    def forget_parameters(self) -> None:
+        """The parameters are others than before."""
+        self._before_head = set()
 
     @contextlib.contextmanager
     def pass_1(self) -> Iterator[None]:
@@ -88,16 +94,21 @@ class HeadRecorder:
             self._is_pass_1 = False
 
     def also_needed(self, drawn: list[Tensor]) -> list[Tensor]:
-        """What has to be differentiated beside ``drawn``, so that the gradient of the head's output surely is."""
+        """What has to be differentiated beside ``drawn``, so that the gradient of the head's output is: little or none.
+
+        None if anything drawn lies at or before the head.
+        """
+        if not self._before_head.isdisjoint(map(id, drawn)):
+            return []
         own = [param for param in (self.head.bias, self.head.weight) if param is not None]
-        own = [param for param in own if param.is_leaf and param.requires_grad]
-        return [] if any(param is each for param in own for each in drawn) else own[:1]
+        return [param for param in own if param.is_leaf and param.requires_grad][:1]
 
     def after_forward(self, inputs: Any, output: Any) -> None:
         """Called by the layer."""
         if not self.is_listening or not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
             return
         if output.requires_grad:
+            self._before_head = self._before_head or _leaves_of(output)
             output.register_hook(_GradHook(self, _Use(inputs.detach())))
         else:
             self._saw_no_grad = True
@@ -109,8 +120,7 @@ class HeadRecorder:
         is_new = use.output_grad is None
         use.output_grad = grad.detach()
         if self._is_pass_1:
-            if use not in self._parts[-1]:
-                self._parts[-1].append(use)
+            self._parts[-1].append(use)
         elif is_new:
             self._num_others += 1
             self._others = self._others or [use]
@@ -208,6 +218,20 @@ class _GradHook:
         recorder = self._recorder()
         if recorder is not None:
             recorder.after_backward(self._use, grad)
+
+
+def _leaves_of(output: Tensor) -> set[int]:
+    """The identities of the parameters that ``output`` was computed from."""
+    seen, waiting, leaves = set(), [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting.extend(function for function, _ in node.next_functions)
+    return leaves
 
 
 def _squared_scale(param: Tensor, eta: float) -> Tensor:

@@ -74,6 +74,17 @@ class Phases:
         if perturbed and not self.weights.is_open:
             raise RuntimeError(f"{call} without first_step: the weights are not perturbed")
 
+    @property
+    def perturbs(self) -> bool:
+        """Whether a parameter that trains is in a group with a radius."""
+        groups = self.perturbation.base.param_groups
+        radii = self.perturbation.radii
+        if not any(radii):
+            return False
+        has_candidate = any(p.requires_grad for group, rho in zip(groups, radii) if rho > 0.0 for p in group["params"])
+        # Where nothing trains at all, the step goes on and says so.
+        return has_candidate or not self.perturbation.trained()
+
     def noise(self) -> Any:
         """The state of the random generators now, to be replayed; None where the second look draws its own."""
         if not self.replays_noise:
@@ -98,6 +109,8 @@ class Phases:
         """The parameters are others than before."""
         self.parallelism = parallelism
         self.weights = PerturbedWeights(self.perturbation, parallelism, self._model)
+        if self._recorder is not None:
+            self._recorder.forget_parameters()
 
     def backward(self, loss: Tensor) -> None:
         """Pass 1: the gradients of the parameters that are drawn."""
@@ -172,8 +185,8 @@ class Phases:
         return losses(*batch)
 
     def num_selected(self, samples: int) -> int:
-        """k, the size of B+. Where no group has a radius it is the whole batch: nothing is perturbed."""
-        return num_selected(self.perturbation.settings.gamma, samples) if any(self.perturbation.radii) else samples
+        """k, the size of B+. Where nothing is perturbed it is the whole batch."""
+        return num_selected(self.perturbation.settings.gamma, samples) if self.perturbs else samples
 
     def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+ of a batch."""

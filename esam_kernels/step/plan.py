@@ -37,7 +37,7 @@ class Plan(Protocol):
 
 def choose(phases: Phases) -> Plan:
     """The plan of the next step at the present settings."""
-    if not any(phases.perturbation.radii):
+    if not phases.perturbs:
         return BaseStep()
     return TwoPasses() if phases.perturbation.ascent.two_passes else OnePass()
 
@@ -48,7 +48,7 @@ def relative_cost(phases: Phases) -> float:
 
 
 class BaseStep:
-    """The base optimizer's step: nothing is perturbed, since no group has a radius."""
+    """The base optimizer's step: nothing is perturbed, since no parameter that trains has a radius."""
 
     def forwards(self, phases: Phases) -> float:
         """One forward and one backward."""

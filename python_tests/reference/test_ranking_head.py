@@ -171,6 +171,22 @@ def test_a_step_after_one_that_raised_ranks_its_own_batch_alone():
     assert chosen_by(optimizer, losses, *batch) == chosen_by(its, oracles.losses_of(fresh), *batch)
 
 
+def test_a_pass_1_that_raised_does_not_count():
+    model, optimizer = build(beta=1.0)
+    batch, losses = oracles.batch(), oracles.losses_of(model)
+    wanted = chosen_by(optimizer, losses, *batch)
+
+    def out_of_memory(_):
+        handle.remove()
+        raise MemoryError
+
+    handle = model[0].weight.register_hook(out_of_memory)
+    before = losses(*batch)
+    with pytest.raises(MemoryError):
+        optimizer.backward(before.mean())
+    assert chosen_by(optimizer, losses, *batch) == wanted
+
+
 class Scaled(nn.Module):
     """A network whose last parameter comes after the head."""
 
