@@ -42,8 +42,8 @@ class ESAM(Optimizer):
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
             by group.
         base_optimizer: a torch optimizer class, built with ``base_kwargs``, or an instance over the same parameters.
-        rho: radius of the perturbation, >= 0. Without one: that of the ascent, :data:`esam_kernels.ascent.DEFAULT_RHO`
-            (0.05, and 1.0 for "momentum").
+        rho: radius of the perturbation, >= 0. Without one: 0.05; with ascent="momentum" 1.0, and 3.0 if ``adaptive``
+            (:mod:`esam_kernels.perturbation.ascent`).
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
         ranking: how B+ is ranked. "rise", the paper's: a forward at w + e measures how much each loss rises.
@@ -62,7 +62,7 @@ class ESAM(Optimizer):
         ascent: what e goes along. "current", the gradient of this batch, is the paper's algorithm, with two passes a
             step. "previous", the gradient of the step before, and "momentum", against the base optimizer's, take one:
             there is no second look to select data with, so that gamma must be 1, and the first step, which has no
-            history, is the base optimizer's. See :mod:`esam_kernels.ascent`.
+            history, is the base optimizer's. See :mod:`esam_kernels.perturbation.ascent`.
         seed: of the draws. The same seed draws the same on every device and backend.
         model: given, its BatchNorm statistics move in the first forward of a step only. One that is wrapped in
             DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as it is trained (see
@@ -126,13 +126,14 @@ class ESAM(Optimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         head = find_head(head, model, needed=make(ranking).needs_head)
-        rho = rho_or_default(rho, ascent)
+        given, rho = rho, rho_or_default(rho, ascent, adaptive)
         group_defaults({}, rho, adaptive)
         base, own = build_base(params, base_optimizer, base_kwargs)
-        missing = [
-            {**values, **group_defaults({**group, **values}, rho, adaptive)}
-            for group, values in zip(base.param_groups, own)
-        ]
+        missing = []
+        for group, values in zip(base.param_groups, own):
+            group = {**group, **values}
+            its_rho = rho_or_default(given, ascent, bool(group.get("adaptive", adaptive)))
+            missing.append({**values, **group_defaults(group, its_rho, adaptive)})
         params = listed(base.param_groups)
         self._parallelism = distributed.Parallelism(model)
         self._parallelism.check(params)

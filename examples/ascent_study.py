@@ -2,8 +2,9 @@
 
 Trains with the options of train.py on the digits (40 % wrong training labels, and none), on a synthetic table with an
 MLP, and, given --cifar, on 1,500 images of CIFAR-10. Stage "tune" tries every radius on the tuning seeds; stage
-"report" trains on other seeds with the default radii of ``esam_kernels.ascent`` alone. Each finished training is a line
-of --out/ascent_study.jsonl and is not repeated; --summarise writes the means and the plot from these lines.
+"report" trains on other seeds with the default radii of ``esam_kernels.perturbation.ascent`` alone. Each finished
+training is a line of --out/ascent_study.jsonl and is not repeated; --summarise writes the means and the plot from these
+lines.
 """
 
 from __future__ import annotations

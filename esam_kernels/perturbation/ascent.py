@@ -18,6 +18,8 @@ from esam_kernels.tensor_lists import are_alike, are_unshared, gradients
 
 # The radius of each ascent where none is given: the paper's, and for the others what examples/ascent_study.py says.
 DEFAULT_RHO = {"current": 0.05, "previous": 0.05, "momentum": 1.0}
+# With adaptive=True the length is relative to the weights: about 3, as the authors of Momentum-SAM take it.
+DEFAULT_RHO_ADAPTIVE = {**DEFAULT_RHO, "momentum": 3.0}
 
 
 class RhoOfAscent(float):
@@ -27,9 +29,10 @@ class RhoOfAscent(float):
 RHO_OF_ASCENT = RhoOfAscent(DEFAULT_RHO["current"])
 
 
-def rho_or_default(rho: float, ascent: str) -> float:
+def rho_or_default(rho: float, ascent: str, adaptive: bool) -> float:
     """``rho``, or the radius of ``ascent`` where none was given."""
-    return DEFAULT_RHO.get(ascent, rho) if isinstance(rho, RhoOfAscent) else rho
+    defaults = DEFAULT_RHO_ADAPTIVE if adaptive else DEFAULT_RHO
+    return defaults.get(ascent, rho) if isinstance(rho, RhoOfAscent) else rho
 
 
 class CurrentGradient:

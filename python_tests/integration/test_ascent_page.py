@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam_kernels.perturbation.ascent import DEFAULT_RHO
+from esam_kernels.perturbation.ascent import DEFAULT_RHO, DEFAULT_RHO_ADAPTIVE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ascent.md"
 TEXT = PAGE.read_text()
@@ -19,18 +19,32 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 def namespace() -> dict:
     torch.manual_seed(0)
     found: dict = {}
+    found["optimizers"] = []
     for code in SNIPPETS:
         exec(compile(code, str(PAGE), "exec"), found)
+        if found["optimizer"] not in found["optimizers"]:
+            found["optimizers"].append(found["optimizer"])
     return found
 
 
 def test_snippets_take_a_step_for_each_batch(namespace):
-    assert len(SNIPPETS) == 3
-    assert namespace["optimizer"].state_dict()["esam"]["step"] == 3 * len(namespace["loader"])
+    assert len(SNIPPETS) == 4
+    first, second = namespace["optimizers"]
+    assert first.state_dict()["esam"]["step"] == 3 * len(namespace["loader"])
+    assert second.state_dict()["esam"]["step"] == 2 * len(namespace["loader"])
+
+
+def test_the_perturbation_begins_after_the_warm_up_and_the_memory_of_the_momentum(namespace):
+    _, optimizer = namespace["optimizers"]
+    phase = namespace["phase"]
+    assert phase.start == 4 < phase.last_epoch
+    assert optimizer.param_groups[0]["rho"] == DEFAULT_RHO_ADAPTIVE["momentum"]
+    (named,) = re.findall(r"Without `rho=` it is ([\d.]+) then", TEXT)
+    assert float(named) == DEFAULT_RHO_ADAPTIVE["momentum"]
 
 
 def test_the_radius_is_the_default_that_the_page_names(namespace):
-    assert namespace["optimizer"].param_groups[0]["rho"] == DEFAULT_RHO["momentum"]
+    assert namespace["optimizers"][0].param_groups[0]["rho"] == DEFAULT_RHO["momentum"]
     (named,) = re.findall(r'([\d.]+) for "current" and "previous", ([\d.]+) for\s+"momentum"', TEXT)
     assert tuple(map(float, named)) == (DEFAULT_RHO["previous"], DEFAULT_RHO["momentum"])
     assert DEFAULT_RHO["current"] == DEFAULT_RHO["previous"]

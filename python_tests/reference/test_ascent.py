@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, SAM, cross_entropy
-from esam_kernels.perturbation.ascent import DEFAULT_RHO
+from esam_kernels.perturbation.ascent import DEFAULT_RHO, DEFAULT_RHO_ADAPTIVE
 
 INPUTS = torch.randn(24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.arange(24) % 5
@@ -269,6 +269,20 @@ def test_without_a_rho_each_ascent_takes_its_own(ascent, rho):
         assert [group["rho"] for group in optimizer.param_groups] == [rho, 0.2]
         assert optimizer.defaults["rho"] == rho
     given = ESAM(build().parameters(), SGD[0], rho=0.05, **options)
+    assert given.param_groups[0]["rho"] == 0.05
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("current", 0.05), ("previous", 0.05), ("momentum", 3.0)])
+def test_without_a_rho_an_adaptive_ascent_takes_its_own(ascent, rho):
+    assert DEFAULT_RHO_ADAPTIVE[ascent] == rho
+    first, second, third = (list(part.parameters()) for part in (build()[0], build()[0], build()[0]))
+    groups = [{"params": first}, {"params": second, "rho": 0.2}, {"params": third, "adaptive": False}]
+    for kind in (ESAM, SAM):
+        options = {"ascent": ascent, **SGD[1], **({"gamma": 1.0} if kind is ESAM else {})}
+        optimizer = kind([dict(group) for group in groups], SGD[0], adaptive=True, **options)
+        assert [group["rho"] for group in optimizer.param_groups] == [rho, 0.2, DEFAULT_RHO[ascent]]
+        assert optimizer.defaults["rho"] == rho
+    given = ESAM(build().parameters(), SGD[0], rho=0.05, adaptive=True, gamma=1.0, ascent=ascent, **SGD[1])
     assert given.param_groups[0]["rho"] == 0.05
 
 
