@@ -1,13 +1,17 @@
 # make train | test | lint      sets up .venv and runs; nothing else has to be done first.
-# ... VENV=none PYTHON=python3  uses an environment that has torch already, and installs nothing.
+# ... VENV=none PYTHON=python3  uses an environment that has torch already: installs nothing, builds the C++ extension
+#                               in place where there is a compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS = -q --disable-pip-version-check --no-input
+SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.py')
 
 ifeq ($(VENV),none)
-RUN = PYTHONPATH=$(CURDIR) $(PYTHON)
-READY =
+RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)"
+# One extension for each Python and torch.
+ASK = import sys, importlib.metadata as m; print(sys.version_info[1], m.version('torch'), sep='-')
+READY := build/in-place-$(shell "$(PYTHON)" -c "$(ASK)" 2>/dev/null || echo none)
 else
 RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
@@ -58,12 +62,20 @@ doctor: $(READY)
 	$(RUN) -m esam_kernels doctor
 
 # torch comes first, pinned: the extension is compiled against it.
-$(VENV)/ready: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/ready: constraints.txt $(SOURCES)
+	"$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch setuptools wheel ninja pybind11
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[examples,dev]'
 	touch $@
 
+build/in-place-none:
+	@echo "VENV=none uses the torch of $(PYTHON), which has none: install torch there, or leave VENV=none out" >&2; exit 1
+
+build/in-place-%: $(SOURCES)
+	"$(PYTHON)" setup.py -q build_ext --inplace
+	@mkdir -p build && touch $@
+
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	rm -f $(VENV)/ready esam_kernels/_build.json
 	find esam_kernels -name '_native*.so' -delete -o -name '_cuda*.so' -delete

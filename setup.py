@@ -3,23 +3,25 @@
 ``esam_kernels._cuda`` is built by csrc/cuda/build_cuda.py, which says how. ``esam_kernels._native``, the C++ extension
 for the CPU, is built here, where a compiler and torch are at hand.
 
-``ESAM_KERNELS_NATIVE=auto|0|1``: ``auto`` (the default) builds it if it can and otherwise says in one line why not,
-``0`` leaves it out, ``1`` fails where it cannot be built. torch is at hand under ``--no-build-isolation``: pip's
-isolated build has none, and fetching a second torch, perhaps of another version, would be no help.
+``ESAM_KERNELS_NATIVE=auto|0|1``: ``auto`` (the default) builds it if it can and otherwise records why not, for ``python
+-m esam_kernels doctor``; ``0`` leaves it out, ``1`` fails where it cannot be built. The torch that it is compiled
+against is the one of the environment that the package is installed into, also in pip's isolated build: fetching a
+second torch, perhaps of another version, would be no help.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import shutil
 import sys
 from typing import Any
 
 from setuptools import setup
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "cuda"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc"))
+sys.path.insert(0, os.path.join(sys.path[0], "cuda"))
 import build_cuda
+import build_record
 
 NATIVE_SOURCES = [
     "csrc/autograd.cpp",
@@ -68,14 +70,16 @@ def native_mode() -> str:
 
 def native_extension() -> tuple[Any, type]:
     """The extension, and the command that compiles it (with ninja where it is installed)."""
-    compiler = os.environ.get("CXX", "g++").split()[0]
-    if shutil.which(compiler) is None:
-        raise CannotBuild(f"there is no C++ compiler ({compiler})")
+    compiler = build_record.find_compiler()
+    if compiler is None:
+        raise CannotBuild(f"there was no C++ compiler ({os.environ.get('CXX') or 'g++ or clang++'})")
+    os.environ.setdefault("CXX", compiler)
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        raise CannotBuild(f"torch cannot be imported ({error}): use pip install --no-build-isolation") from None
+        raise CannotBuild(f"torch could not be imported when the package was built ({error})") from None
+    build_record.built("native", torch=torch.__version__, compiler=build_record.version_of(compiler))
 
     extension = CppExtension(
         "esam_kernels._native",
@@ -102,7 +106,8 @@ def optional(build_extension: type) -> type:
 
 
 def report(reason: str) -> None:
-    """One line on why the package goes without its extension."""
+    """One line on why the package goes without its extension; ``doctor`` repeats it."""
+    build_record.missing("native", reason)
     print(f"esam_kernels: built without the C++ extension, the reference backend will serve the CPU: {reason}")
     sys.stdout.flush()
 
@@ -111,6 +116,7 @@ def extension_arguments() -> dict[str, Any]:
     """What setup() is told about extensions."""
     mode = native_mode()
     if mode == "0":
+        build_record.missing("native", "ESAM_KERNELS_NATIVE was 0 when the package was built")
         return {}
     try:
         extension, build_extension = native_extension()
@@ -122,4 +128,5 @@ def extension_arguments() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build_extension}}
 
 
-setup(**build_cuda.added_to(extension_arguments()))
+build_record.find_torch()
+setup(**build_record.added_to(build_cuda.added_to(extension_arguments())))

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from esam_kernels import backends
+from esam_kernels.backends import extensions
 from esam_kernels.backends.protocol import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes around the vector widths, one over a block, and a matrix.
 _SHAPES = ((1,), (7,), (64,), (33, 65))
+# What the record of a build holds, and how it reads.
+_FACTS = {"torch": "for torch", "architectures": "with", "compiler": "by"}
 _SEED, _STEP, _BOUND = 5, 3, round(0.6 * 2**32) - 1
 
 
@@ -25,6 +28,8 @@ def main() -> int:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for name in ("native", "cuda"):
+        print(f"{'_' + name:<14}{_build(name)}")
     failures = 0
     for device in devices:
         print(f"\n{device}: {_describe(device)}; default backend: {_name(backends.resolve(None, device))}")
@@ -42,6 +47,15 @@ def _versions() -> Iterator[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             yield package, "not installed" if package != "esam_kernels" else "run from its source folder"
     yield "CUDA", torch.version.cuda or "not in this build of torch"
+
+
+def _build(name: str) -> str:
+    """What was built of the extension ``name``, on any machine, or the reason that its build has recorded."""
+    record = extensions.record(name)
+    if not extensions.is_present(name):
+        return f"not built: {record.get('missing', 'the package is run from a source folder where nothing was built')}"
+    facts = [f"{label} {record[key]}" for key, label in _FACTS.items() if key in record]
+    return f"built {', '.join(facts)}" if facts else "built, without a record of how"
 
 
 def _describe(device: torch.device) -> str:

@@ -23,6 +23,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import build_record
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
@@ -43,6 +44,7 @@ def added_to(arguments: dict[str, Any]) -> dict[str, Any]:
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"ESAM_KERNELS_CUDA must be auto, 0 or 1, got {mode!r}")
     if mode == "0":
+        build_record.missing("cuda", "ESAM_KERNELS_CUDA was 0 when the package was built")
         return arguments
     try:
         extension = CudaExtension(required=mode == "1")
@@ -60,7 +62,8 @@ def added_to(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(reason: str) -> None:
-    """One line on why the package goes without this extension."""
+    """One line on why the package goes without this extension; ``doctor`` repeats it."""
+    build_record.missing("cuda", reason)
     print(f"esam_kernels: built without the CUDA C++ extension (Triton serves CUDA devices): {reason}")
     sys.stdout.flush()
 
@@ -82,6 +85,7 @@ class CudaExtension(Extension):
         headers = (
             glob.glob(f"{FOLDER}/*.*h") + glob.glob("csrc/device/*.h") + ["csrc/philox.h", f"{FOLDER}/build_cuda.py"]
         )
+        build_record.built("cuda", compiler=" ".join(self.nvcc), architectures=" ".join(self.architectures))
         super().__init__(
             "esam_kernels._cuda",
             [f"{FOLDER}/bindings.cpp"],

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from esam_kernels.backends import protocol
+from esam_kernels.backends import extensions, protocol
 from esam_kernels.backends.protocol import Backend
 
 logger = logging.getLogger("esam_kernels")
@@ -68,5 +68,7 @@ def _choose(name: str, device: torch.device) -> Backend:
         reason = unavailable(candidate, device)
         if reason is None:
             return load(candidate)
-        logger.info("backend %r is not available for %s tensors: %s", candidate, device.type, reason)
+        # One that is there and cannot be used is worth a line that is seen; one that was never built is not.
+        level = logging.WARNING if extensions.is_present(candidate) else logging.INFO
+        logger.log(level, "backend %r is not available for %s tensors: %s", candidate, device.type, reason)
     return load("reference")

@@ -14,25 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_kernels.backends import reference
+from esam_kernels.backends import extensions, reference
 from esam_kernels.backends.reference import NUM_PARTIALS
 
 FUSES_UPDATES = True
 direct = None
 
-_HOW_TO_BUILD = (
-    "with nvcc (CUDA 12.1 or newer) and a C++ compiler at hand, install with "
-    "`ESAM_KERNELS_CUDA=1 pip install --no-build-isolation .`"
-)
+_HOW_TO_BUILD = f"with nvcc (CUDA 12.1 or newer) and a C++ compiler, {extensions.HOW_TO_BUILD} with ESAM_KERNELS_CUDA=1"
 
 
 def _load() -> tuple[Any, str | None]:
     """The extension, and why it cannot be used (None if it can)."""
-    try:
-        from esam_kernels import _cuda  # type: ignore[attr-defined]
-    except ImportError as error:
-        return None, f"the CUDA extension cannot be imported ({error}): {_HOW_TO_BUILD}"
-    return _cuda, None
+    cuda, reason = extensions.load("cuda")
+    return cuda, reason if reason is None or extensions.is_present(
+        "cuda"
+    ) else f"{reason}. To build it: {_HOW_TO_BUILD}"
 
 
 _cuda, _reason = _load()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_kernels.backends import reference
+from esam_kernels.backends import extensions, reference
 from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
 
 ISA_VARIABLE = "ESAM_KERNELS_ISA"
@@ -23,31 +23,22 @@ ISA_VARIABLE = "ESAM_KERNELS_ISA"
 FUSES_UPDATES = True
 losses_select_gather = None
 
-_HOW_TO_BUILD = "install a C++ compiler (g++), then `pip install --no-build-isolation .` next to the torch in use"
-
-
-def _release(version: str) -> str:
-    """A version without its local part: the layout of a tensor is the same in the CPU and the CUDA build."""
-    return version.split("+")[0]
+_HOW_TO_BUILD = f"with torch and a C++ compiler (g++ or clang++) installed, {extensions.HOW_TO_BUILD}"
 
 
 def _load() -> tuple[Any, str | None]:
     """The extension, and why it cannot be used (None if it can)."""
-    try:
-        from esam_kernels import _native  # type: ignore[attr-defined]
-    except ImportError as error:
-        return None, f"the C++ extension cannot be imported ({error}): {_HOW_TO_BUILD}"
-    if _release(_native.TORCH_VERSION) != _release(torch.__version__):
-        return None, (
-            f"the C++ extension was built against torch {_native.TORCH_VERSION}, but torch {torch.__version__} is "
-            f"imported: {_HOW_TO_BUILD}"
-        )
+    native, reason = extensions.load("native")
+    if native is None:
+        return None, reason if extensions.is_present("native") else f"{reason}. To build it: {_HOW_TO_BUILD}"
+    if extensions.is_another_torch(native.TORCH_VERSION):
+        return None, extensions.another_torch(native.TORCH_VERSION)
     isa = os.environ.get(ISA_VARIABLE)
-    if isa and isa not in _native.available_isas():
-        return None, f"{ISA_VARIABLE}={isa}, but this machine has {', '.join(_native.available_isas())}"
+    if isa and isa not in native.available_isas():
+        return None, f"{ISA_VARIABLE}={isa}, but this machine has {', '.join(native.available_isas())}"
     if isa:
-        _native.use_isa(isa)
-    return _native, None
+        native.use_isa(isa)
+    return native, None
 
 
 _native, _reason = _load()

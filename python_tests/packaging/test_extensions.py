@@ -1,0 +1,123 @@
+"""What the package knows of its compiled extensions without loading them, and what a build leaves behind."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from esam_kernels import backends, doctor
+from esam_kernels.backends import extensions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """Puts another record in the place of the package's."""
+
+    def put(record):
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+        monkeypatch.setattr(extensions, "_RECORD", tmp_path / "_build.json")
+        extensions._records.cache_clear()
+
+    yield put
+    extensions._records.cache_clear()
+
+
+def test_an_extension_for_another_torch_is_not_loaded(recorded, monkeypatch):
+    recorded({"native": {"torch": "1.9.0+cpu"}})
+    monkeypatch.setattr(extensions.importlib, "import_module", lambda name: pytest.fail(f"{name} was loaded"))
+    module, reason = extensions.load("native")
+    assert module is None
+    assert f"built for torch 1.9.0+cpu, found torch {torch.__version__}" in reason
+
+
+def test_the_cuda_build_of_the_same_torch_is_not_another(recorded):
+    recorded({"none_such": {"torch": torch.__version__.split("+")[0] + "+cu999"}})
+    _, reason = extensions.load("none_such")
+    assert reason == "esam_kernels._none_such was not built"
+
+
+def test_the_reason_of_the_build_is_told(recorded):
+    recorded({"none_such": {"missing": "there was no C++ compiler (g++)"}})
+    _, reason = extensions.load("none_such")
+    assert reason == "esam_kernels._none_such was not built: there was no C++ compiler (g++)"
+
+
+@pytest.mark.parametrize(("present", "level"), [(True, logging.WARNING), (False, logging.INFO)])
+def test_one_line_says_that_an_extension_is_of_no_use(monkeypatch, caplog, present, level):
+    monkeypatch.setattr(extensions, "is_present", lambda name: present)
+    monkeypatch.setattr(
+        backends, "unavailable", lambda name, device: None if name == "reference" else "for another torch"
+    )
+    with caplog.at_level(logging.DEBUG, "esam_kernels"):
+        assert backends._choose("", torch.device("cpu")) is backends.load("reference")
+    (line,) = [record for record in caplog.records if "not available" in record.getMessage()]
+    assert line.levelno == level
+    assert "for another torch" in line.getMessage()
+
+
+def test_doctor_tells_what_was_built_where_no_device_could_use_it(recorded, monkeypatch):
+    recorded({"cuda": {"missing": "nvcc is not found"}, "native": {"torch": "2.5.0", "compiler": "g++ 12"}})
+    monkeypatch.setattr(extensions, "is_present", lambda name: name == "native")
+    assert doctor._build("cuda") == "not built: nvcc is not found"
+    assert doctor._build("native") == "built for torch 2.5.0, by g++ 12"
+
+
+def build(tree, *command, **environment):
+    process = subprocess.run(
+        [sys.executable, "setup.py", "-q", *command],
+        cwd=tree,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build needs, in a folder with a space in its name."""
+    copy = tmp_path / "a copy"
+    copy.mkdir()
+    for name in ("csrc", "esam_kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def test_a_failed_compilation_leaves_no_older_extension(tree, tmp_path):
+    compiler = tmp_path / "failing"
+    compiler.write_text("#!/bin/sh\necho 'no such flag' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    older = tree / "esam_kernels" / "_native.cpython-311-x86_64-linux-gnu.so"
+    older.write_bytes(b"older")
+    said = build(tree, "build_ext", "--inplace", CXX=str(compiler), ESAM_KERNELS_CUDA="0")
+    assert "compilation failed" in said
+    assert not older.exists()
+    record = json.loads((tree / "esam_kernels" / "_build.json").read_text())
+    assert record["native"]["missing"].startswith("compilation failed")
+    assert record["cuda"]["missing"] == "ESAM_KERNELS_CUDA was 0 when the package was built"
+
+
+def test_a_build_without_extensions_records_why(tree):
+    build(tree, "build", ESAM_KERNELS_CUDA="0", ESAM_KERNELS_NATIVE="0")
+    (record,) = (tree / "build").rglob("_build.json")
+    assert json.loads(record.read_text())["native"] == {
+        "missing": "ESAM_KERNELS_NATIVE was 0 when the package was built"
+    }
+
+
+def test_without_a_compiler_the_build_says_so(tree):
+    build(tree, "build", ESAM_KERNELS_CUDA="0", CXX="no-such-compiler")
+    (record,) = (tree / "build").rglob("_build.json")
+    assert json.loads(record.read_text())["native"] == {"missing": "there was no C++ compiler (no-such-compiler)"}
