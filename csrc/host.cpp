@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <vector>
+
 namespace esam {
 namespace {
 
@@ -62,6 +64,52 @@ py::list addresses(const py::list& tensors) {
   }
   return result;
 }
+
+// The tensors in the values of a dict of dicts, as a torch optimizer keeps its state.
+py::list tensors_in(const py::dict& states) {
+  py::list result;
+  for (const auto& [key, values] : states) {
+    if (!PyDict_Check(values.ptr())) continue;
+    for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(values)) {
+      if (THPVariable_Check(value.ptr())) result.append(value);
+    }
+  }
+  return result;
+}
+
+// Where tensors lie in memory, to know later whether one of them has moved. None of them is kept alive.
+class MemoryMarks {
+ public:
+  explicit MemoryMarks(const py::list& tensors) {
+    const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
+    places_.reserve(size);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      const at::Tensor& tensor = expect_tensor(tensors, i);
+      places_.push_back({tensor.const_data_ptr(), tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec()});
+    }
+  }
+
+  // Whether these lie where those did, in the same order, with dtypes, shapes and strides alike.
+  bool are_all(const py::list& tensors) const {
+    if (static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())) != places_.size()) return false;
+    for (size_t i = 0; i < places_.size(); ++i) {
+      const at::Tensor& tensor = expect_tensor(tensors, static_cast<Py_ssize_t>(i));
+      const Place& place = places_[i];
+      if (tensor.const_data_ptr() != place.address || tensor.scalar_type() != place.dtype) return false;
+      if (tensor.sizes() != place.sizes || tensor.strides() != place.strides) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Place {
+    const void* address;
+    at::ScalarType dtype;
+    std::vector<int64_t> sizes, strides;
+  };
+
+  std::vector<Place> places_;
+};
 
 // Whether both lists hold the same objects in the same order.
 bool are_same(const py::list& one, const py::list& other) {
@@ -145,7 +193,9 @@ void register_host(py::module_& module) {
   module.def("increment_version", &increment_version);
   module.def("holders", &holders);
   module.def("are_held_alone", &are_held_alone);
+  module.def("tensors_in", &tensors_in);
   module.def("trained", &trained);
+  py::class_<MemoryMarks>(module, "MemoryMarks").def(py::init<const py::list&>()).def("are_all", &MemoryMarks::are_all);
 }
 
 }  // namespace esam

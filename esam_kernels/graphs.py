@@ -1,8 +1,9 @@
 """The step as one CUDA graph: everything between two batches, from F1 to the update, in one launch.
 
-What may change between replays is read on the device: the batch, the learning rates, rho and beta of element masks, and
-the Philox step. What is fixed in a captured graph is captured anew when it changes: the size k of B+, and the tensors
-that SWP draws, of which a small pool is used in turn.
+What may change between replays is read on the device: the batch, the learning rates, rho and beta of element masks, the
+Philox step and what ranking="random" draws. Everything else that a step depends on is fixed in a captured graph, and is
+part of its key: another value is another graph. Each key runs once eagerly before it is captured, on the tensors and
+with the kernels of the capture.
 """
 
 from __future__ import annotations
@@ -10,60 +11,72 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
 from torch.utils import _pytree as pytree
 
+from esam_kernels.capturable import check_batch, check_capturable
+from esam_kernels.captures import Capture, CapturedNoise, Captures, HostState, give_up, memory_of
 from esam_kernels.device_numbers import DeviceNumbers
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
-from esam_kernels.perturbation.fused_update import plan_update
-from esam_kernels.selection import batch_size, num_selected
+from esam_kernels.perturbation.fused_update import has_hooks
+from esam_kernels.selection import batch_size
+from esam_kernels.settings import Settings
+from esam_kernels.step.plan import choose
+from esam_kernels.tensor_lists import increment_version, mark_memory
 
 logger = logging.getLogger("esam_kernels")
 
-# Eager steps on a side stream before a capture: kernels are compiled and libraries choose their algorithms there.
+# Eager steps on a side stream before the first capture: libraries choose their algorithms there.
 WARMUP_STEPS = 3
 # Draws of whole tensors that are captured, one graph each, sharing one memory pool.
 DRAW_POOL = 8
+# Graphs that are kept: every draw at three settings in turn, such as sizes of B+.
+MAX_GRAPHS = 3 * DRAW_POOL
 
 
 def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batch: Any) -> Callable[..., Any]:
     """``optimizer.step`` as one CUDA graph a replay.
 
     The first steps run eagerly, and so does the first one of every new draw, gamma or other setting that a graph holds
-    fast: what it launches is loaded there. The next such step is captured, and from then on replayed. A batch of
-    another shape than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager
-    steps with the same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing
-    between steps.
+    fast. The next such step is captured, and from then on replayed. Where a tensor that a graph holds has moved
+    (``load_state_dict``, ``model.to``), the step is captured anew. A batch of another shape, dtype or memory format
+    than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager steps with the
+    same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps.
 
     Args:
-        optimizer: over CUDA parameters. Elsewhere the step runs eagerly, and one log line says so.
+        optimizer: over parameters on one CUDA device. On the CPU the step runs eagerly, and one log line says so.
         closure: what ``optimizer.step`` takes, returning one loss per sample. It must not wait for the device, and runs
             in Python only when it is captured.
         sample_batch: a batch of the usual shape, tensors or pytrees of tensors on the parameters' device.
 
     Returns:
         A function with the signature of ``step``: ``step(closure, *batch)``, where the closure may be left out. It
-        returns the mean loss at w.
+        returns what ``optimizer.step`` does: the mean loss at w, and what else the closure returned.
 
     Raises:
         TypeError: not an ESAM or SAM, or a closure that cannot be called.
-        ValueError: a base optimizer whose update cannot be captured, a model that is spread over ranks, or an empty
-            batch.
+        ValueError: a base optimizer whose update cannot be captured, parameters on several devices, a model that is
+            spread over ranks, an empty batch, or one on another device.
+        RuntimeError: between ``first_step`` and ``second_step``.
     """
     if not isinstance(optimizer, ESAM):
         raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
     if not callable(closure):
-        raise TypeError("closure must be a function of the batch that returns one loss per sample")
+        raise TypeError(
+            f"closure must be a function of the batch that returns one loss per sample, got {type(closure).__name__}"
+        )
     batch_size(sample_batch)
-    if not all(param.is_cuda for param in optimizer._perturbation.params):
+    optimizer._phases.require(perturbed=False, call="make_graphed_step")
+    if not any(param.is_cuda for param in optimizer._perturbation.params):
         logger.warning("make_graphed_step: the parameters are not on a CUDA device, so that every step runs eagerly")
         return _EagerStep(optimizer, closure)
-    _check_capturable(optimizer)
+    check_capturable(optimizer)
+    check_batch(sample_batch, optimizer._perturbation.params[0].device)
     return _GraphedStep(optimizer, closure, sample_batch)
 
 
@@ -86,167 +99,192 @@ class _EagerStep:
 
 
 class _GraphedStep(_EagerStep):
-    """Captures one graph for each k and draw, and replays it."""
+    """Captures one graph for each kind of step, and replays it."""
 
     def __init__(self, optimizer: ESAM, closure: Callable[..., Any], sample_batch: tuple[Any, ...]) -> None:
         super().__init__(optimizer, closure)
         self._device = optimizer._perturbation.params[0].device
-        self._inputs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, sample_batch)
-        self._layout = _layout(sample_batch)
+        self._inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), sample_batch)
+        self._layout = _layout(self._inputs)
+        self._samples = batch_size(self._inputs)
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captures = Captures(MAX_GRAPHS)
         self._steps_until_capture = WARMUP_STEPS
-        # Draws and settings that have run eagerly: what a capture launches has to be loaded before it.
-        self._seen: set[tuple[Any, ...]] = set()
-        self._noise = _CapturedNoise(self._device)
-        self._lrs = [DeviceNumbers(torch.float64) for _ in optimizer.param_groups]
+        self._noise = CapturedNoise(self._device)
+        self._lrs: list[DeviceNumbers] = []
         optimizer._perturbation.draw.pool = DRAW_POOL
         if isinstance(optimizer._perturbation.ascent, PreviousGradient):
             optimizer._perturbation.ascent.in_place = True
 
     def __call__(self, *arguments: Any) -> Any:
         batch = self._batch(arguments)
-        if _layout(batch) != self._layout:
-            return self.optimizer.step(self.closure, *batch)
+        with self.optimizer._hooks_around((self.closure, *batch), {}) as ((closure, *batch), options):
+            if options or closure is not self.closure or _layout(tuple(batch)) != self._layout:
+                return self.optimizer.step(closure, *batch, **options)
+            return self._run(tuple(batch))
+
+    def _run(self, batch: tuple[Any, ...]) -> Any:
+        optimizer = self.optimizer
+        optimizer._phases.require(perturbed=False, call="a graphed step")
+        optimizer._follow()
+        optimizer._perturbation.parameters.refresh()
         key = self._key()
-        if self._steps_until_capture > 0 or not self._seen.issuperset(key):
+        numbers = self._upload(batch)
+        capture = self._captures.find(key, [*numbers, *memory_of(optimizer)])
+        if capture is None or self._steps_until_capture > 0:
+            check_capturable(optimizer)
+            result = self._warm_up()
             self._steps_until_capture -= 1
-            self._seen.update(key)
-            return self._eagerly_on_side_stream(batch)
-        self._upload(batch)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture()
-        graph, loss = self._graphs[key]
-        self._noise.align()
-        graph.replay()
-        self.optimizer._perturbation.step += 1
-        self.optimizer._opt_called = True
-        self.optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-        return loss.clone()
+            self._captures.keep(key, Capture(mark_memory([*numbers, *memory_of(optimizer)])))
+            return result
+        if capture.graph is None:
+            capture.graph, capture.result = self._capture()
+        return self._replay(capture)
 
-    def _key(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What is fixed in a graph: the draw, and all else."""
-        optimizer, perturbation = self.optimizer, self.optimizer._perturbation
-        draw = tuple(perturbation.drawn())
-        k = num_selected(optimizer.gamma, batch_size(self._inputs))
-        masked = perturbation.draws_elements
+    def _key(self) -> tuple[Any, ...]:
+        """What is fixed in a graph."""
+        optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases
         settings = perturbation.settings
-        beta = settings.beta if settings.mask == "tensor" else None
-        fixed = tuple(
-            (group["adaptive"], group["rho"] > 0.0, *(group.get(name) for name in _FIXED))
-            for group in optimizer.param_groups
+        return (
+            type(choose(phases)).__name__,
+            phases.num_selected(self._samples),
+            tuple(perturbation.drawn()),
+            tuple(perturbation.trained()),
+            tuple(getattr(settings, name) for name in _FIXED_SETTINGS),
+            settings.beta if settings.mask == "tensor" else perturbation.draws_elements,
+            tuple(_fixed_of(group) for group in optimizer.param_groups),
+            phases.replays_noise,
+            () if optimizer._model is None else tuple(module.training for module in optimizer._model.modules()),
+            _autocast_of(self._device.type),
+            has_hooks(optimizer.base_optimizer),
         )
-        trained = tuple(perturbation.trained())
-        return ("draw", *draw), (k, masked, beta, trained, fixed, optimizer.replay_noise)
 
-    def _eagerly_on_side_stream(self, batch: tuple[Any, ...]) -> Any:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            loss = self.optimizer.step(self.closure, *batch)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return loss
-
-    def _upload(self, batch: tuple[Any, ...]) -> None:
-        for held, given in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(batch)):
-            if isinstance(held, Tensor):
-                held.copy_(given, non_blocking=True)
-        self.optimizer._perturbation.upload()
-        for numbers, group in zip(self._lrs, self.optimizer.param_groups):
-            if not _is_on_device(group["lr"]):
+    def _upload(self, batch: tuple[Any, ...]) -> list[Tensor]:
+        """Bring up to date what a graph reads on the device. Returns its numbers, which have to stay where they are."""
+        perturbation, phases = self.optimizer._perturbation, self.optimizer._phases
+        with torch.no_grad():
+            for held, given in zip(pytree.tree_leaves(self._inputs), pytree.tree_leaves(batch)):
+                if isinstance(held, Tensor):
+                    held.copy_(given, non_blocking=True)
+        perturbation.upload()
+        groups = self.optimizer.param_groups
+        self._lrs += [DeviceNumbers(torch.float64) for _ in groups[len(self._lrs) :]]
+        for numbers, group in zip(self._lrs, groups):
+            if not self._is_on_device(group["lr"]):
                 numbers.set([float(group["lr"])], self._device)
+        drawn: list[Tensor] = []
+        if phases.num_selected(self._samples) < self._samples:
+            drawn = phases.ranking.upload(perturbation.settings.seed, perturbation.step, self._samples, self._device)
+        return [*perturbation.numbers(), *(numbers.tensor for numbers in self._lrs), *drawn]
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        optimizer, perturbation = self.optimizer, self.optimizer._perturbation
-        step = perturbation.step
-        graph = torch.cuda.CUDAGraph()
-        self._noise.register(graph)
-        optimizer._phases.remember_noise = lambda: self._noise
-        perturbation.lr_tensors = [
-            group["lr"] if _is_on_device(group["lr"]) else numbers.tensor.reshape(())
-            for numbers, group in zip(self._lrs, optimizer.param_groups)
-        ]
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                result = optimizer.step(self.closure, *self._inputs)
-        except Exception as error:
-            optimizer._phases.weights.abandon()
-            raise RuntimeError(
-                "the step cannot be captured: something in it waits for the device or is not allowed in a CUDA graph "
-                f"(look for .item(), print or data-dependent shapes in the closure): {error}"
-            ) from error
-        finally:
-            optimizer._phases.remember_noise = None
-            perturbation.lr_tensors = None
-            # Capturing computes nothing, so that this step is still to come.
-            perturbation.step = step
-            optimizer.zero_grad(set_to_none=True)
-        return graph, result[0] if isinstance(result, tuple) else result
-
-
-# The base optimizer's numbers that kernels take as arguments, and that a graph therefore holds fast.
-_FIXED = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas", "eps", "amsgrad")
-
-
-class _CapturedNoise:
-    """The random numbers of the first forward once more, inside a graph.
-
-    A second generator state takes part in the graph; before each replay it is set to where the first one stands.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        self._generator = torch.cuda.default_generators[index]
-        self._second = self._generator.clone_state()
-
-    def register(self, graph: torch.cuda.CUDAGraph) -> None:
-        graph.register_generator_state(self._second)
-        self.align()
-
-    def align(self) -> None:
-        self._second.set_state(self._generator.get_state())
+    def _is_on_device(self, lr: Any) -> bool:
+        return isinstance(lr, Tensor) and lr.is_cuda
 
     @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        first = self._generator.graphsafe_get_state()
-        self._generator.graphsafe_set_state(self._second)
+    def _as_in_a_graph(self) -> Iterator[None]:
+        """Inside, a step on the inputs launches what a graph holds."""
+        optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases
+        phases.remember_noise = self._noise.remember
+        # Without a fused update the base optimizer reads its learning rate on the device itself.
+        if perturbation.why_not_fused() is None:
+            perturbation.lr_tensors = [
+                group["lr"] if self._is_on_device(group["lr"]) else numbers.tensor.reshape(())
+                for numbers, group in zip(self._lrs, optimizer.param_groups)
+            ]
+        # What autocast has kept of an earlier forward is not to be read in a graph, nor the other way round.
+        torch.clear_autocast_cache()
         try:
             yield
         finally:
-            self._generator.graphsafe_set_state(first)
+            torch.clear_autocast_cache()
+            phases.remember_noise = None
+            perturbation.lr_tensors = None
+
+    def _warm_up(self) -> Any:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream), self._as_in_a_graph():
+            result = self.optimizer.step(self.closure, *self._inputs)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return result
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
+        self.optimizer._phases.drop_gradients()
+        before = HostState(self.optimizer)
+        graph = torch.cuda.CUDAGraph()
+        self._noise.register(graph)
+        try:
+            # torch.cuda.graph leaves the stream that it has set where ending the capture fails: hence the outer one.
+            # In mode "global" a call of any other thread would break the capture: a DataLoader's that pins memory.
+            with (
+                torch.cuda.stream(self._stream),
+                self._as_in_a_graph(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                result = self.optimizer.step(self.closure, *self._inputs)
+            before.end()
+        except BaseException as error:
+            self._begin_anew(graph)
+            before.put_back()
+            if not isinstance(error, Exception):
+                raise
+            raise RuntimeError(
+                f"the step cannot be captured in a CUDA graph: {error}\n"
+                "A graph allows nothing that waits for the device (.item(), print, if tensor:), no shapes that depend "
+                "on values, and no copies from ordinary memory of the host. Take such calls out of the closure and the "
+                "model, or call optimizer.step in place of the graphed step. Nothing was changed by this call"
+            ) from error
+        return graph, result
+
+    def _begin_anew(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that failed."""
+        give_up(graph, self._pool, self._device)
+        self._noise.mend()
+        self._captures.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _replay(self, capture: Capture) -> Any:
+        optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases
+        assert capture.graph is not None
+        phases.drop_gradients()
+        self._noise.align()
+        capture.graph.replay()
+        torch.clear_autocast_cache()
+        increment_version(perturbation.params)
+        perturbation.step += 1
+        phases.end()
+        optimizer._opt_called = True
+        optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), capture.result)
+
+
+# Not fixed in a graph: beta and gamma are in the key in their own way, and the seed's words are on the device.
+_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("beta", "gamma", "seed"))
+# What a group holds that a graph reads on the device, or not at all.
+_NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
+
+
+def _fixed_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The numbers of a group that kernels take as arguments."""
+    values = (
+        (name, value) for name, value in group.items() if name not in _NOT_FIXED and not isinstance(value, Tensor)
+    )
+    return group["rho"] > 0.0, *((name, value if value is None else repr(value)) for name, value in values)
+
+
+def _autocast_of(device_type: str) -> tuple[Any, ...]:
+    """What autocast makes of a forward, where it is entered outside the closure."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return enabled, torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
 
 
 def _layout(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten(batch)
-    return structure, tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.device.type) if isinstance(leaf, Tensor) else leaf for leaf in leaves
-    )
+    return structure, tuple(_lie(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
-def _is_on_device(lr: Any) -> bool:
-    return isinstance(lr, Tensor) and lr.is_cuda
-
-
-def _check_capturable(optimizer: ESAM) -> None:
-    base, perturbation = optimizer.base_optimizer, optimizer._perturbation
-    if optimizer._parallelism.is_spread or optimizer.sync_perturbation:
-        raise ValueError(
-            "a model in DistributedDataParallel or fully_shard cannot be captured in a CUDA graph: call optimizer.step"
-        )
-    fused = plan_update(base, perturbation.backend, perturbation.params) is not None
-    for group in optimizer.param_groups:
-        on_device = group.get("capturable") or (isinstance(base, Adam) and group["fused"])
-        if type(base) is SGD and fused:
-            continue
-        if not on_device:
-            raise ValueError(
-                f"{type(base).__name__} counts its steps on the host, which a CUDA graph cannot: build it with "
-                "capturable=True"
-                if "capturable" in group
-                else f"{type(base).__name__} cannot be captured in a CUDA graph with these settings"
-            )
-        if not fused and not _is_on_device(group["lr"]):
-            raise ValueError(
-                f"the learning rate of {type(base).__name__} would be frozen in the graph: give lr as a tensor on the "
-                "device"
-            )
+def _lie(tensor: Tensor) -> tuple[Any, ...]:
+    """How a copy of the tensor lies in memory."""
+    copy = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+    strides = tuple(stride if size != 1 else 1 for stride, size in zip(copy.stride(), copy.shape))
+    return tuple(tensor.shape), tensor.dtype, tensor.device, strides

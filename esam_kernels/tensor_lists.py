@@ -111,6 +111,27 @@ class _GradientMarks:
                 yield grad._version - seen[1] if seen is not None and seen[0]() is grad else None
 
 
+def _tensors_in(states: dict[Any, Any]) -> list[Tensor]:
+    """The tensors in the values of a dict of dicts, as a torch optimizer keeps its state."""
+    found = (value for values in states.values() if isinstance(values, dict) for value in values.values())
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+class MemoryMarks:
+    """Where tensors lie in memory: to know later whether one of them has moved. None of them is kept alive."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._places = [_place(tensor) for tensor in tensors]
+
+    def are_all(self, tensors: list[Tensor]) -> bool:
+        """Whether these lie where those did, in the same order, with dtypes, shapes and strides alike."""
+        return [_place(tensor) for tensor in tensors] == self._places
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _has_node(loss: Tensor, name: str) -> bool:
     """Whether the graph of a loss holds a ``torch.autograd.Function`` whose backward has this name."""
     seen: set[Any] = set()
@@ -130,6 +151,8 @@ _in_cpp = native.extension
 are_same: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_same if _in_cpp else _are_same
 has_node: Callable[[Tensor, str], bool] = _in_cpp.has_node if _in_cpp else _has_node
 GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
+mark_memory: Callable[[list[Tensor]], MemoryMarks] = _in_cpp.MemoryMarks if _in_cpp else MemoryMarks
+tensors_in: Callable[[dict[Any, Any]], list[Tensor]] = _in_cpp.tensors_in if _in_cpp else _tensors_in
 are_exact: Callable[[list[Tensor]], bool] = _in_cpp.are_exact if _in_cpp else _are_exact
 gradients: Callable[[list[Tensor]], list[Tensor | None]] = _in_cpp.gradients if _in_cpp else _gradients
 drop_gradients: Callable[[list[Tensor]], None] = _in_cpp.drop_gradients if _in_cpp else _drop_gradients

@@ -69,6 +69,9 @@ class CurrentGradient:
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
         """Take over what ``state`` returned."""
 
+    def put_back(self, state: dict[int, Tensor]) -> None:
+        """Have again what :meth:`state` returned, the same tensors: what was done since is to count for nothing."""
+
     def renumber(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
         """Other parameters are in the groups than before: what is kept by number has new numbers."""
 
@@ -130,6 +133,10 @@ class PreviousGradient(CurrentGradient):
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
         """Take over copies, on the parameters' devices."""
         self._history = {i: torch.empty_like(params[i]).copy_(last) for i, last in state.items()}
+
+    def put_back(self, state: dict[int, Tensor]) -> None:
+        """The last gradients as they were."""
+        self._history = dict(state)
 
     def renumber(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
         """What belongs to parameters that are gone is dropped."""

@@ -45,50 +45,77 @@ def check_rates(base: Optimizer) -> None:
                 raise TypeError(f"the lr of parameter group {number} must be a number or a tensor, got {group['lr']!r}")
 
 
-def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor]) -> Plan | None:
+def has_hooks(base: Optimizer) -> bool:
+    """Whether the user has hooks that are called around ``base.step()``."""
+    return any(
+        (
+            base._optimizer_step_pre_hooks,
+            base._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+    )
+
+
+def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> str | None:
+    """Why :func:`restore_and_step` cannot take the place of ``base.step()``, whatever the gradients; None if it can."""
+    if type(base) not in _STEPS:
+        return f"{type(base).__name__} is neither SGD nor Adam nor AdamW of torch.optim itself"
+    for device in {param.device for param in params}:
+        chosen = resolve(backend, device)
+        if not chosen.FUSES_UPDATES:
+            return f"the backend {chosen.__name__.rpartition('.')[2]!r} does not fuse updates"
+    if has_hooks(base):
+        return "there are step hooks on the base optimizer, or on all optimizers"
+    if getattr(base, "found_inf", None) is not None:
+        return "a GradScaler is taking the step"
+    for options in base.param_groups:
+        if options["differentiable"] or any(isinstance(beta, Tensor) for beta in options.get("betas", ())):
+            return "a group is differentiable, or its betas are tensors"
+    return None
+
+
+def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor], align: bool = False) -> Plan | None:
     """What :func:`restore_and_step` has to do; None where it would not be what ``restore`` and ``base.step()`` do.
 
-    That is where the backend has no fused update, where the optimizer is a subclass or has hooks of the user's, or
-    where a gradient or a state does not lie in memory as its parameter does.
+    That is where :func:`why_not_fused` says so, or where a gradient or a state does not lie in memory as its parameter
+    does. With ``align`` such a gradient is copied instead.
     """
-    if type(base) not in _STEPS or not all(
-        resolve(backend, device).FUSES_UPDATES for device in {param.device for param in params}
-    ):
-        return None
-    hooks = (
-        base._optimizer_step_pre_hooks,
-        base._optimizer_step_post_hooks,
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
-    if any(hooks) or getattr(base, "found_inf", None) is not None:
+    if why_not_fused(base, backend, params) is not None:
         return None
     plan = []
     for options in base.param_groups:
-        group = _plan_group(base, options)
+        group = _plan_group(base, options, align)
         if group is None:
             return None
         plan.append(group)
     return plan
 
 
-def _plan_group(base: Optimizer, options: dict[str, Any]) -> _Group | None:
-    if options["differentiable"] or any(isinstance(beta, Tensor) for beta in options.get("betas", ())):
-        return None
+def _plan_group(base: Optimizer, options: dict[str, Any], align: bool) -> _Group | None:
     given = zip(options["params"], gradients(options["params"]))
     pairs = [(param, grad) for param, grad in given if grad is not None and param.numel()]
     params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not are_alike(grads, params):
-        return None
+        if not align:
+            return None
+        grads = [torch.empty_like(param).copy_(grad.detach()) for param, grad in pairs]
     # SGD without momentum keeps none.
     states = [base.state[param] for param in params] if options.get("momentum", 1.0) != 0.0 else []
+    if state_unlike_its_parameter(params, states) is not None:
+        return None
+    return _Group(options, params, grads, states)
+
+
+def state_unlike_its_parameter(params: list[Tensor], states: Sequence[dict[str, Any]]) -> str | None:
+    """The name of a state that does not lie in memory as its parameter does; None if all do."""
     for name in _LIKE_PARAMETER.intersection(set().union(*states)):
         held = [state.get(name) for state in states]
         if not are_alike(held, params) and not all(
             tensor is None or are_alike([tensor], [param]) for tensor, param in zip(held, params)
         ):
-            return None
-    return _Group(options, params, grads, states)
+            return name
+    return None
 
 
 _LIKE_PARAMETER = frozenset(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))

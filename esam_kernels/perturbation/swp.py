@@ -15,7 +15,7 @@ from esam_kernels import distributed, ops
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.draw import TensorDraw, bound
-from esam_kernels.perturbation.fused_update import check_rates, plan_update, restore_and_step
+from esam_kernels.perturbation.fused_update import check_rates, plan_update, restore_and_step, why_not_fused
 from esam_kernels.perturbation.parameters import Parameters
 from esam_kernels.settings import Settings, check_rho
 from esam_kernels.tensor_lists import are_alike, are_plainly_alike, gradients
@@ -184,6 +184,10 @@ class StochasticWeightPerturbation:
         if self.draws_elements:
             self._random_state.set([settings.seed, self.step, bound(settings.beta)], device)
 
+    def numbers(self) -> list[Tensor]:
+        """The tensors that :meth:`upload` writes."""
+        return [self._scale.tensor, self._random_state.tensor] if self.draws_elements else [self._scale.tensor]
+
     @property
     def _norm_factor(self) -> float:
         estimated = self.settings.mask == "tensor" and self.settings.radius == "paper"
@@ -259,14 +263,16 @@ class StochasticWeightPerturbation:
     def _restore_and_update(self) -> None:
         base = self.base
         check_rates(base)
-        fuses = bool(self._perturbed) or self.lr_tensors is not None
-        fuses = fuses and not (self.parameters.has_ties or self.parameters.is_sharded)
-        plan = plan_update(base, self.backend, self.params) if fuses else None
-        if plan is None and self.lr_tensors is not None:
+        # In a graph also where nothing is perturbed: the base optimizer's own step would freeze the learning rate.
+        is_captured = self.lr_tensors is not None
+        plan = None
+        if (self._perturbed or is_captured) and not (self.parameters.has_ties or self.parameters.is_sharded):
+            plan = plan_update(base, self.backend, self.params, align=is_captured)
+        if plan is None and is_captured:
             raise RuntimeError(
-                f"the update of {type(base).__name__} cannot be fused here, so that a CUDA graph would hold its "
-                "learning rate fast: tied parameters, hooks on the base optimizer, or a gradient that does not lie in "
-                "memory as its parameter does"
+                f"the update of {type(base).__name__} cannot be captured, since its learning rate would be frozen in "
+                f"the CUDA graph: {self.why_not_fused() or 'a state does not lie in memory as its parameter does'}. "
+                "Call optimizer.step in place of the graphed step"
             )
         if plan is not None:
             backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
@@ -275,6 +281,12 @@ class StochasticWeightPerturbation:
         else:
             self.restore()
             base.step()
+
+    def why_not_fused(self) -> str | None:
+        """Why the base optimizer's update cannot be part of the restore, whatever the gradients; None if it can."""
+        if self.parameters.has_ties or self.parameters.is_sharded:
+            return "parameters are tied to each other" if self.parameters.has_ties else "parameters are sharded"
+        return why_not_fused(self.base, self.backend, self.params)
 
     def forget(self) -> None:
         """Drop the saved weights without putting them back."""

@@ -52,5 +52,6 @@ class Ranking:
         """A score for each sample, shape (b,), floating point, on the device of the losses."""
         raise NotImplementedError
 
-    def upload(self, seed: int, step: int, samples: int, device: torch.device) -> None:
-        """Bring up to date what a captured step reads on the device."""
+    def upload(self, seed: int, step: int, samples: int, device: torch.device) -> list[Tensor]:
+        """Bring up to date what a captured step reads on the device, and return it."""
+        return []

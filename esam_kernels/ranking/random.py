@@ -17,17 +17,20 @@ class Random(Ranking):
     """A B+ drawn from the seed and the step, every one as likely: the expected second gradient is SAM's."""
 
     def __init__(self) -> None:
-        self._words = DeviceNumbers(torch.float64)
+        # For each size of a batch, so that a captured step finds its own in place after a smaller last batch.
+        self._words: dict[int, DeviceNumbers] = {}
 
     def scores(self, context: RankingContext) -> Tensor:
         """A random number for each sample: the same on every device and backend."""
         losses = context.losses
         if not is_capturing():
             self.upload(context.seed, context.step, len(losses), losses.device)
-        return self._words.tensor
+        return self._words[len(losses)].tensor
 
-    def upload(self, seed: int, step: int, samples: int, device: torch.device) -> None:
+    def upload(self, seed: int, step: int, samples: int, device: torch.device) -> list[Tensor]:
         """The words of this step."""
         counters = torch.arange(-(-samples // 4), device="cpu") + _STREAM
         words = torch.stack(reference.philox(counters, step, seed), dim=-1).flatten()[:samples]
-        self._words.set(words.tolist(), device)
+        numbers = self._words.setdefault(samples, DeviceNumbers(torch.float64))
+        numbers.set(words.tolist(), device)
+        return [numbers.tensor]

@@ -331,3 +331,9 @@ class Phases:
         if self.weights.is_open:
             self.parallelism.leave_forward()
         self.restore()
+
+    def abandon(self) -> None:
+        """Forget a step of which nothing was computed: that of a CUDA graph which failed to be captured."""
+        self.weights.abandon()
+        self._listen(True)
+        self._ran_backward = False

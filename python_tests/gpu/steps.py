@@ -54,7 +54,7 @@ class Training:
         self.device, self.autocast = device, autocast
         self.model = model_on(device, dropout)
         params = list(self.model.parameters())
-        self.optimizer = ESAM(params, BASES[base](params, device), backend=backend, **esam)
+        self.optimizer = ESAM(params, BASES[base](params, device), backend=backend, model=self.model, **esam)
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         context = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()

@@ -20,6 +20,7 @@ FLOORS = [
     ["state"],
     ["step"],
     ["optimizer"],
+    ["captures", "capturable"],
     ["graphs", "schedules", "diagnostics", "doctor"],
     ["__init__", "__main__"],
 ]

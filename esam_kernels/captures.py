@@ -1,0 +1,189 @@
+"""Captured steps: a CUDA graph each, the memory that it reads and writes, and what a capture leaves as it was.
+
+A graph holds addresses. Where a tensor has moved since (``load_state_dict`` and ``model.to`` move them), a replay would
+read and write memory that is freed, and nothing would say so: :class:`Captures` compares the addresses each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_kernels import state
+from esam_kernels.device_numbers import is_capturing
+from esam_kernels.optimizer import ESAM
+from esam_kernels.tensor_lists import MemoryMarks, tensors_in
+
+
+@dataclass
+class Capture:
+    """A kind of step that has run eagerly, where ``graph`` is None, or that is captured."""
+
+    memory: MemoryMarks
+    graph: torch.cuda.CUDAGraph | None = None
+    result: Any = None
+    """What the captured step returned, in the graph's own memory."""
+
+
+class Captures:
+    """The kinds of steps that were seen, by their key; at most ``limit``: of more, the least recently used goes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._by_key: OrderedDict[Hashable, Capture] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def find(self, key: Hashable, memory: list[Tensor]) -> Capture | None:
+        """The kind of step of this key; None where it is new, or where a tensor of ``memory`` has moved since."""
+        capture = self._by_key.get(key)
+        if capture is not None and not capture.memory.are_all(memory):
+            del self._by_key[key]
+            return None
+        if capture is not None:
+            self._by_key.move_to_end(key)
+        return capture
+
+    def keep(self, key: Hashable, capture: Capture) -> None:
+        """Add one."""
+        self._by_key[key] = capture
+        if len(self._by_key) > self._limit:
+            self._by_key.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._by_key.clear()
+
+
+def memory_of(optimizer: ESAM) -> list[Tensor]:
+    """The tensors outside a graph that a step of the optimizer reads or writes, but for numbers that are uploaded."""
+    tensors = [*optimizer._perturbation.params, *tensors_in(optimizer.state)]
+    tensors += [last for _, last in sorted(optimizer._perturbation.ascent.state().items())]
+    for group in optimizer.param_groups:
+        tensors += [value for value in group.values() if isinstance(value, Tensor)]
+    if optimizer._model is not None:
+        for module in optimizer._model.modules():
+            for held in (module._parameters, module._buffers):
+                tensors += [tensor for tensor in held.values() if tensor is not None]
+    return tensors
+
+
+class HostState:
+    """What a step changes on the host, as it was before a capture. A capture computes nothing: all of it is put back.
+
+    Args:
+        optimizer: whose step is captured.
+    """
+
+    def __init__(self, optimizer: ESAM) -> None:
+        self._optimizer = optimizer
+        self._step = optimizer._perturbation.step
+        self._states = {param: dict(values) for param, values in optimizer.state.items()}
+        self._history = optimizer._perturbation.ascent.state()
+        self._buffers = list(_buffers(optimizer._model))
+        self._noise = torch.get_rng_state()
+
+    def end(self) -> None:
+        """The step is captured, and still to come.
+
+        Raises:
+            RuntimeError: a buffer was replaced by a new tensor, which a replay cannot do.
+        """
+        for module, name, buffer in self._buffers:
+            if module._buffers.get(name) is not buffer:
+                raise RuntimeError(
+                    f"the forward puts a new tensor in place of the buffer {name!r} of {type(module).__name__}; in a "
+                    f"graph it has to write into it: self.{name}.copy_(...)"
+                )
+        self._count()
+
+    def put_back(self) -> None:
+        """The capture has failed: go on as if it had not been tried."""
+        optimizer, states = self._optimizer, self._optimizer.state
+        optimizer._phases.abandon()
+        for param in [param for param in states if param not in self._states]:
+            del states[param]
+        for param, values in self._states.items():
+            states[param].clear()
+            states[param].update(values)
+        optimizer._perturbation.ascent.put_back(self._history)
+        for module, name, buffer in self._buffers:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+        torch.set_rng_state(self._noise)
+        self._count()
+
+    def _count(self) -> None:
+        self._optimizer._phases.drop_gradients()
+        self._optimizer._perturbation.step = self._step
+        state.note(self._optimizer._perturbation)
+
+
+def _buffers(model: nn.Module | None) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
+    for module in () if model is None else model.modules():
+        for name, buffer in module._buffers.items():
+            yield module, name, buffer
+
+
+class CapturedNoise:
+    """The random numbers of the first forward once more, inside a graph.
+
+    A second generator state takes part in the graph; before each replay it is set to where the first one stands.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        self._generator = torch.cuda.default_generators[index]
+        self._second = self._generator.clone_state()
+
+    def register(self, graph: torch.cuda.CUDAGraph) -> None:
+        """The second state takes part in ``graph``, which is to be captured now."""
+        graph.register_generator_state(self._second)
+        self.align()
+
+    def align(self) -> None:
+        """Set the second state to where the first one stands."""
+        self._second.set_state(self._generator.get_state())
+
+    def remember(self) -> CapturedNoise:
+        """What :class:`esam_kernels.step.replay.RandomState` is for an eager step. In a graph it is aligned already."""
+        if not is_capturing():
+            self.align()
+        return self
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, random numbers come from the second state."""
+        first = self._generator.graphsafe_get_state()
+        self._generator.graphsafe_set_state(self._second)
+        try:
+            yield
+        finally:
+            self._generator.graphsafe_set_state(first)
+
+    def mend(self) -> None:
+        """After a capture that failed: torch 2.11 leaves the generator's state "capturing", and then refuses to draw.
+
+        A copy of the state takes its place. Graphs captured before hold the old one: they must not be replayed any
+        more.
+        """
+        self._generator.graphsafe_set_state(self._generator.clone_state())
+        self._second = self._generator.clone_state()
+
+
+# Graphs whose capture failed. The allocator may still ask them which stream they belong to.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Tell torch's allocator that the capture of ``graph`` is over, where it failed before torch did so itself."""
+    _failed.append(graph)
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)

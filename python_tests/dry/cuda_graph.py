@@ -1,0 +1,297 @@
+"""A stand-in for CUDA graphs: a capture records the operators of a step and computes nothing, a replay runs them again.
+
+As in a graph, a replay takes the addresses and the numbers of the capture. Memory outside the graph is not kept alive,
+and a replay that would touch memory which is freed raises. What a capture forbids raises and breaks the capture:
+waiting for the device, copies from ordinary memory of the host, pinning memory. Random numbers behave as those of torch
+2.11: a capture that fails leaves the generator "capturing".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+_WAITING = {
+    aten._local_scalar_dense.default: "waiting for a value (.item(), print, bool(tensor))",
+    aten.nonzero.default: "a shape that depends on values (nonzero)",
+    aten.masked_select.default: "a shape that depends on values (masked_select)",
+    aten._unique2.default: "a shape that depends on values (unique)",
+    aten._pin_memory.default: "pinning memory of the host",
+}
+# Written by kernels whose schemas do not say so.
+_WRITTEN_UNSAID = ("running_mean", "running_var")
+
+
+class FreedMemoryError(AssertionError):
+    """A replay touches memory that nobody owns any more."""
+
+
+@dataclass
+class _Outside:
+    """A tensor in memory that is not the graph's: its address and geometry."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def tensor(self) -> Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise FreedMemoryError(f"a graph touches freed memory: {self.dtype} {tuple(self.size)}")
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self._device = device
+        self.calls: list[Callable[[], None]] = []
+        self._inside: dict[int, Tensor] = {}  # by storage: memory of the graph, which it keeps
+        self._of_host: set[int] = set()  # storages that were filled from Python numbers
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # memory outside as it was before the capture
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._refuse(func, args)
+        self._save_what_is_written(func, args, kwargs)
+        result = func(*args, **kwargs)
+        made = []
+        for tensor in pytree.tree_leaves(result):
+            is_ours = isinstance(tensor, Tensor) and _key(tensor) not in self._keys_of(args, kwargs)
+            if is_ours:
+                self._inside.setdefault(_key(tensor), tensor.detach())
+            made.append(tensor.detach() if isinstance(tensor, Tensor) and _key(tensor) in self._inside else None)
+        if func is aten.lift_fresh.default:
+            self._of_host.add(_key(result))
+        packed_args, packed_kwargs = pytree.tree_map_only(Tensor, self._pack, (args, kwargs))
+
+        def call() -> None:
+            given, named = pytree.tree_map_only(_Outside, _Outside.tensor, (packed_args, packed_kwargs))
+            for before, now in zip(made, pytree.tree_leaves(func(*given, **named)), strict=True):
+                if before is not None and _key(before) != _key(now):
+                    before.copy_(now)
+
+        self.calls.append(call)
+        return result
+
+    def _refuse(self, func: Any, args: Any) -> None:
+        reads_host = any(isinstance(a, Tensor) and _key(a) in self._of_host for a in pytree.tree_leaves(args[1:2]))
+        if func is aten.copy_.default and reads_host and _key(args[0]) not in self._of_host:
+            self._device.refuse("a copy from ordinary memory of the host")
+        is_of_host = bool(args) and isinstance(args[0], Tensor) and _key(args[0]) in self._of_host
+        if func in _WAITING and not is_of_host:
+            self._device.refuse(_WAITING[func])
+        indices = pytree.tree_leaves(args[1:2]) if func is aten.index.Tensor else []
+        if any(index is not None and index.dtype is torch.bool for index in indices):
+            self._device.refuse("a shape that depends on values (a boolean index)")
+
+    def _save_what_is_written(self, func: Any, args: Any, kwargs: Any) -> None:
+        for number, argument in enumerate(func._schema.arguments):
+            value = kwargs.get(argument.name, args[number] if number < len(args) else None)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written or argument.name in _WRITTEN_UNSAID:
+                for tensor in pytree.tree_leaves(value):
+                    if isinstance(tensor, Tensor) and _key(tensor) not in {*self._inside, *self._saved}:
+                        whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                        self._saved[_key(tensor)] = whole, whole.clone()
+
+    def undo(self) -> None:
+        """A capture has computed nothing."""
+        for whole, before in self._saved.values():
+            whole.copy_(before)
+        self._saved.clear()
+
+    def _keys_of(self, *arguments: Any) -> set[int]:
+        return {_key(tensor) for tensor in pytree.tree_leaves(arguments) if isinstance(tensor, Tensor)}
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if _key(tensor) in self._inside:
+            return tensor.detach()
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return _Outside(storage, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass
+class _State:
+    """Of a generator. The numbers of the one in use are those of torch's generator on the CPU."""
+
+    numbers: Tensor
+    is_capturing: bool = False
+
+
+class Generator:
+    """The device's default generator, and handles on states of it."""
+
+    def __init__(self, device: Device, state: _State) -> None:
+        self._device, self.state = device, state
+
+    @property
+    def _is_in_use(self) -> bool:
+        return self._device.generator.state is self.state
+
+    def get_state(self) -> Tensor:
+        return torch.get_rng_state() if self._is_in_use else self.state.numbers
+
+    def set_state(self, numbers: Tensor) -> None:
+        if self._device.graph is not None:
+            self._device.refuse("setting the state of a generator")
+        if self._is_in_use:
+            torch.set_rng_state(numbers)
+        else:
+            self.state.numbers = numbers
+
+    def clone_state(self) -> Generator:
+        return Generator(self._device, _State(self.get_state()))
+
+    def graphsafe_get_state(self) -> Generator:
+        return Generator(self._device, self.state)
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        def switch() -> None:
+            self.state.numbers = torch.get_rng_state()
+            self.state = other.state
+            torch.set_rng_state(self.state.numbers)
+
+        switch()
+        if self._device.graph is not None:
+            self._device.graph.recorder.calls.append(switch)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._states: list[_State] = []
+        self.recorder = _Recorder(device)
+        self.is_broken = False
+
+    def register_generator_state(self, generator: Generator) -> None:
+        self._states.append(generator.state)
+
+    def capture_begin(self) -> None:
+        assert self._device.graph is None
+        self._states.append(self._device.generator.state)
+        for state in self._states:
+            state.is_capturing = True
+        self._numbers = torch.get_rng_state()
+        self._device.graph = self
+        self._device.open_pools += 1
+        self.recorder.__enter__()
+
+    def capture_end(self) -> None:
+        self.recorder.__exit__(None, None, None)
+        self._device.graph = None
+        self.recorder.undo()
+        torch.set_rng_state(self._numbers)
+        if self.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self._device.open_pools -= 1
+        for state in self._states:
+            state.is_capturing = False
+
+    def replay(self) -> None:
+        self._device.replays += 1
+        with torch.no_grad():
+            for call in self.recorder.calls:
+                call()
+
+
+@dataclass
+class Device:
+    """What ``torch.cuda`` answers while this stands in."""
+
+    graph: Graph | None = None
+    """The one that is being captured."""
+    captures: list[Graph] = field(default_factory=list)
+    replays: int = 0
+    stream: str = "main"
+    modes: list[str] = field(default_factory=list)
+    """The capture_error_mode of each capture."""
+    open_pools: int = 0
+    """Captures that the allocator believes to be going on."""
+
+    def __post_init__(self) -> None:
+        self.generator = Generator(self, _State(torch.get_rng_state()))
+
+    def refuse(self, what: str) -> None:
+        """What is not allowed in a capture."""
+        if self.graph is not None:
+            self.graph.is_broken = True
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+    def new_graph(self) -> Graph:
+        self.captures.append(Graph(self))
+        return self.captures[-1]
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """torch.cuda.stream."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextlib.contextmanager
+    def capturing(
+        self, graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        """torch.cuda.graph, which leaves the stream set where ending the capture raises."""
+        self.modes.append(capture_error_mode)
+        before, self.stream = self.stream, stream
+        graph.capture_begin()
+        try:
+            yield
+        finally:
+            graph.capture_end()
+            self.stream = before
+
+    def end_allocations(self, index: Any, pool: Any) -> None:
+        """torch._C._cuda_endAllocateToPool."""
+        if self.open_pools == 0:
+            raise RuntimeError("not currently recording to this pool")
+        self.open_pools -= 1
+
+
+class _Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def install(patch: Any) -> Device:
+    """CPU tensors are on a CUDA device, as far as Python asks. ``patch`` is pytest's ``monkeypatch``."""
+    device = Device()
+    main = _Stream()
+    device.stream = main  # type: ignore[assignment]
+    patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    for name, value in {
+        "Stream": lambda *_: _Stream(),
+        "stream": device.on,
+        "current_stream": lambda *_: device.stream,
+        "current_device": lambda: 0,
+        "CUDAGraph": device.new_graph,
+        "graph": device.capturing,
+        "graph_pool_handle": lambda: (0, 1),
+        "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: device.graph is not None,
+        "default_generators": (device.generator,),
+    }.items():
+        patch.setattr(torch.cuda, name, value)
+    patch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocations, raising=False)
+    return device
