@@ -62,17 +62,24 @@ class Captures:
         self._by_key.clear()
 
 
-def memory_of(optimizer: ESAM) -> list[Tensor]:
+def modules_of(optimizer: ESAM) -> list[nn.Module]:
+    """The modules of the optimizer's model; none where no model is known. Faster than ``model.modules()``."""
+    modules = [] if optimizer._model is None else [optimizer._model]
+    for module in modules:  # which grows meanwhile
+        modules += [child for child in module._modules.values() if child is not None]
+    return modules
+
+
+def memory_of(optimizer: ESAM, modules: list[nn.Module]) -> list[Tensor]:
     """The tensors outside a graph that a step of the optimizer reads or writes, but for numbers that are uploaded."""
     tensors = [*optimizer._perturbation.params, *tensors_in(optimizer.state)]
     tensors += [last for _, last in sorted(optimizer._perturbation.ascent.state().items())]
     for group in optimizer.param_groups:
         tensors += [value for value in group.values() if isinstance(value, Tensor)]
-    if optimizer._model is not None:
-        for module in optimizer._model.modules():
-            for held in (module._parameters, module._buffers):
-                tensors += [tensor for tensor in held.values() if tensor is not None]
-    return tensors
+    held = [kept for module in modules for kept in (module._parameters, module._buffers) if kept]
+    # Those of a scripted module are no dicts.
+    held = [kept if isinstance(kept, dict) else dict(kept.items()) for kept in held]
+    return tensors + tensors_in(dict(enumerate(held)))
 
 
 class HostState:
@@ -87,7 +94,9 @@ class HostState:
         self._step = optimizer._perturbation.step
         self._states = {param: dict(values) for param, values in optimizer.state.items()}
         self._history = optimizer._perturbation.ascent.state()
-        self._buffers = list(_buffers(optimizer._model))
+        self._buffers = [
+            (module, name, buffer) for module in modules_of(optimizer) for name, buffer in module._buffers.items()
+        ]
         self._noise = torch.get_rng_state()
 
     def end(self) -> None:
@@ -124,12 +133,6 @@ class HostState:
         self._optimizer._phases.drop_gradients()
         self._optimizer._perturbation.step = self._step
         state.note(self._optimizer._perturbation)
-
-
-def _buffers(model: nn.Module | None) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
-    for module in () if model is None else model.modules():
-        for name, buffer in module._buffers.items():
-            yield module, name, buffer
 
 
 class CapturedNoise:
@@ -187,3 +190,10 @@ def give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Non
     _failed.append(graph)
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What broke a capture: what comes up after it, and when the capture ends, only says that it is broken."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -15,11 +15,20 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from esam_kernels.capturable import check_batch, check_capturable
-from esam_kernels.captures import Capture, CapturedNoise, Captures, HostState, give_up, memory_of
+from esam_kernels.captures import (
+    Capture,
+    CapturedNoise,
+    Captures,
+    HostState,
+    first_cause,
+    give_up,
+    memory_of,
+    modules_of,
+)
 from esam_kernels.device_numbers import DeviceNumbers
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
@@ -129,20 +138,21 @@ class _GraphedStep(_EagerStep):
         optimizer._phases.require(perturbed=False, call="a graphed step")
         optimizer._follow()
         optimizer._perturbation.parameters.refresh()
-        key = self._key()
+        modules = modules_of(optimizer)
+        key = self._key(modules)
         numbers = self._upload(batch)
-        capture = self._captures.find(key, [*numbers, *memory_of(optimizer)])
+        capture = self._captures.find(key, [*numbers, *memory_of(optimizer, modules)])
         if capture is None or self._steps_until_capture > 0:
             check_capturable(optimizer)
             result = self._warm_up()
             self._steps_until_capture -= 1
-            self._captures.keep(key, Capture(mark_memory([*numbers, *memory_of(optimizer)])))
+            self._captures.keep(key, Capture(mark_memory([*numbers, *memory_of(optimizer, modules)])))
             return result
         if capture.graph is None:
             capture.graph, capture.result = self._capture()
         return self._replay(capture)
 
-    def _key(self) -> tuple[Any, ...]:
+    def _key(self, modules: list[nn.Module]) -> tuple[Any, ...]:
         """What is fixed in a graph."""
         optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases
         settings = perturbation.settings
@@ -155,7 +165,7 @@ class _GraphedStep(_EagerStep):
             settings.beta if settings.mask == "tensor" else perturbation.draws_elements,
             tuple(_fixed_of(group) for group in optimizer.param_groups),
             phases.replays_noise,
-            () if optimizer._model is None else tuple(module.training for module in optimizer._model.modules()),
+            tuple([module.training for module in modules]),
             _autocast_of(self._device.type),
             has_hooks(optimizer.base_optimizer),
         )
@@ -229,7 +239,7 @@ class _GraphedStep(_EagerStep):
             if not isinstance(error, Exception):
                 raise
             raise RuntimeError(
-                f"the step cannot be captured in a CUDA graph: {error}\n"
+                f"the step cannot be captured in a CUDA graph: {first_cause(error)}\n"
                 "A graph allows nothing that waits for the device (.item(), print, if tensor:), no shapes that depend "
                 "on values, and no copies from ordinary memory of the host. Take such calls out of the closure and the "
                 "model, or call optimizer.step in place of the graphed step. Nothing was changed by this call"

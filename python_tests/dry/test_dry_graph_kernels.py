@@ -1,0 +1,78 @@
+"""Captured steps of the Triton backend: all that a capture launches was compiled and loaded by its warm-ups."""
+
+from __future__ import annotations
+
+import cuda_graph
+import pytest
+from graph_pairs import capturable_adamw
+from steps import BASES, Training, batches, set_lr
+
+from esam_kernels import make_graphed_step
+from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
+
+LOSSES = ["forward_tile", "backward_tile"]
+PERTURB = ["norm", "perturb"]
+GATHER = ["gather", "gather"]  # inputs, targets
+# What one step launches, in order, but for the update.
+LAUNCHES = {
+    "rise": [*LOSSES, *PERTURB, "forward_tile", "select", *GATHER, *LOSSES],
+    "first_order": [*LOSSES, *PERTURB, "select", *GATHER, *LOSSES],
+    "random": [*LOSSES, *PERTURB, "select", *GATHER, *LOSSES],
+    "whole batch": [*LOSSES, *PERTURB, *LOSSES],
+    "momentum": [*PERTURB, *LOSSES],
+    "base": LOSSES,
+}
+PLANS = {
+    "rise": {},
+    "first_order": {"ranking": "first_order"},
+    "random": {"ranking": "random"},
+    "whole batch": {"gamma": 1.0},
+    "momentum": {"ascent": "momentum", "gamma": 1.0},
+    "base": {"rho": 0.0},
+}
+UPDATES = {"SGD": "restore_sgd", "AdamW": "restore_adam"}
+
+
+@pytest.fixture
+def gpu(monkeypatch, stand_in):
+    """Both stand-ins: compiling or loading a kernel breaks a capture."""
+    gpu = cuda_graph.install(monkeypatch)
+    monkeypatch.setitem(BASES, "AdamW", capturable_adamw)
+
+    def forbid(kind, what):
+        if kind in ("compile", "load") and gpu.graph is not None:
+            gpu.refuse(f"{kind} {what}")
+
+    stand_in.listeners.append(forbid)
+    return gpu
+
+
+def steps_and_compares(gpu, stand_in, device, plan, base, mask):
+    """Runs a training until its steps are replays, and compares the launches of two of them."""
+    training = Training(device, "", base, mask=mask, **PLANS[plan])
+    given = batches(device, 1)[0]
+    step = make_graphed_step(training.optimizer, training.losses, *given)
+    warm_ups = WARMUP_STEPS + (2 * DRAW_POOL if mask == "tensor" and plan != "base" else 1)
+    for _ in range(warm_ups):
+        step(*given)
+    compiled = len(stand_in.compilations)
+    assert gpu.replays > 0
+    stand_in.forget()
+    for _ in range(2):
+        set_lr(training.optimizer, 0.01)
+        step(*given)
+        assert stand_in.take() == [*LAUNCHES[plan], UPDATES[base]]
+    assert (stand_in.compilations, stand_in.loads, stand_in.uploads) == ([], [], [])
+    return compiled
+
+
+@pytest.mark.parametrize(("base", "mask"), [("SGD", "tensor"), ("AdamW", "element")])
+@pytest.mark.parametrize("plan", ["rise", "base"])
+def test_a_capture_launches_what_its_warm_ups_have_loaded(gpu, stand_in, device, plan, base, mask):
+    assert steps_and_compares(gpu, stand_in, device, plan, base, mask) > 0
+
+
+def test_a_replay_of_every_plan_launches_what_the_plan_says(gpu, stand_in, device):
+    for plan in PLANS:
+        gpu.replays = 0
+        steps_and_compares(gpu, stand_in, device, plan, "SGD", "element")
