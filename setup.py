@@ -40,7 +40,6 @@ NATIVE_SOURCES = [
 
 # -ffp-contract=off: products are fused into sums only where the source says so, else two instruction sets would differ.
 # The next two let loops with square roots and comparisons be vectorised; no value depends on them.
-# -fopenmp only when compiling: csrc/cpu/parallel.cpp says why.
 COMPILE_FLAGS = [
     "-O3",
     "-std=c++20",
@@ -48,7 +47,10 @@ COMPILE_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
+    # Options that one of the two compilers lacks.
+    "-Wno-unknown-warning-option",
+    # clang says so of a loop that it leaves as it is.
+    "-Wno-pass-failed",
     "-g0",
     # gcc 12 warns about its own AVX-512 header.
     "-Wno-maybe-uninitialized",

@@ -2,6 +2,13 @@
 // ESAM_ISA names it; ESAM_VECTOR_BYTES is the width of its registers. Standard headers come before the target pragma,
 // so that nothing they define is compiled for an instruction set that the machine may lack.
 
+// Before a loop: no iteration depends on what another one has stored.
+#if defined(__clang__)
+#define ESAM_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ESAM_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#endif
+
 namespace esam::cpu {
 namespace ESAM_ISA {
 namespace {

@@ -11,10 +11,17 @@
 
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #define ESAM_ISA avx2
 #define ESAM_VECTOR_BYTES 32
 #include "kernels.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 namespace esam::cpu {
 const Kernels kAvx2Kernels = avx2::make_kernels("avx2");

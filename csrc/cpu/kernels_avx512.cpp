@@ -11,10 +11,18 @@
 
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
 #define ESAM_ISA avx512
 #define ESAM_VECTOR_BYTES 64
 #include "kernels.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 namespace esam::cpu {
 const Kernels kAvx512Kernels = avx512::make_kernels("avx512");

@@ -18,7 +18,7 @@ inline T moved(T param, T grad, Compute<T> factor, Compute<T> eta) {
 // `backup` may be `grad`: each element is read before it is written, so no iteration depends on another.
 template <typename T, bool kAdaptive>
 inline void perturb_all(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta) {
-#pragma GCC ivdep
+  ESAM_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i];
     param[i] = moved<T, kAdaptive>(w, grad[i], factor, eta);
@@ -29,10 +29,20 @@ inline void perturb_all(T* param, const T* grad, T* backup, int64_t n, Compute<T
 template <typename T, bool kAdaptive>
 inline void perturb_drawn(T* param, const T* grad, T* backup, int64_t n, Compute<T> factor, Compute<T> eta,
                           const uint32_t* words, uint32_t bound) {
-#pragma GCC ivdep
+#if defined(__clang__)
+  // clang folds the choice into the sum, w + (drawn ? step : -0), which would quiet a signalling NaN that is to stay.
+  T values[kPerturbBlock];
+  for (int64_t i = 0; i < n; ++i) values[i] = moved<T, kAdaptive>(param[i], grad[i], factor, eta);
+  asm volatile("" : : "r"(values) : "memory");
+#endif
+  ESAM_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i];
+#if defined(__clang__)
+    const T perturbed = values[i];
+#else
     const T perturbed = moved<T, kAdaptive>(w, grad[i], factor, eta);
+#endif
     // As integers: gcc does not vectorise a choice between structs.
     const Bits<T> drawn = static_cast<Bits<T>>(-static_cast<Bits<T>>(words[i] <= bound));
     const Bits<T> chosen = (bit_cast<Bits<T>>(perturbed) & drawn) | (bit_cast<Bits<T>>(w) & ~drawn);

@@ -53,13 +53,13 @@ inline void for_each_element(T* out, int64_t n, Element element) {
     for (; i < head; ++i) out[i] = element(i);
     for (; i + kStreamBlock <= n; i += kStreamBlock) {
       alignas(kLineBytes) T lines[kStreamBlock];
-#pragma GCC ivdep
+      ESAM_INDEPENDENT_ITERATIONS
       for (int64_t j = 0; j < kStreamBlock; ++j) lines[j] = element(i + j);
       for (int64_t j = 0; j < kStreamBlock; j += kLine) stream_line(out + i + j, lines + j);
     }
     stream_fence();
   }
-#pragma GCC ivdep
+  ESAM_INDEPENDENT_ITERATIONS
   for (int64_t j = i; j < n; ++j) out[j] = element(j);
 }
 
