@@ -17,7 +17,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: train test lint format codegen bench paper gpu gpu-tests gpu-bench doctor clean
+.PHONY: docs docs-serve dist matrix train test lint format codegen bench paper gpu gpu-tests gpu-bench doctor clean
 
 train: $(READY)
 	$(RUN) examples/train.py $(ARGS)
@@ -57,6 +57,21 @@ gpu-tests: $(READY)
 
 gpu-bench: $(READY)
 	@$(RUN) -m benchmarks.gpu bench
+
+# The site, in build/site: a warning, a broken link or an undocumented public name fails.
+docs: $(READY)
+	$(RUN) -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
+
+# sdist and wheel, in dist/, tried in fresh environments.
+dist: $(READY)
+	$(RUN) tools/dist.py
+
+# The test tiers on another Python and torch, in a fresh environment; a row for docs/versions.md.
+matrix:
+	"$(PYTHON)" tools/matrix.py --python "$(PYTHON)" $(if $(TORCH),--torch $(TORCH)) $(if $(TIERS),--tiers $(TIERS))
+
+docs-serve: docs
+	$(RUN) -m http.server --directory build/site 8000
 
 doctor: $(READY)
 	$(RUN) -m esam_kernels doctor

@@ -74,6 +74,7 @@ TIERS = [
     Tier("examples"),
     Tier("benchmarks"),
     Tier("packaging"),
+    Tier("docs"),
     Tier("gpu", needs_gpu),
 ]
 

@@ -29,7 +29,7 @@ class Linearity(NamedTuple):
 
     beta: float
     linearity: float
-    """zeta = |L_B(w + e) - L_B(w) - e . g|. The smaller, the more linear."""
+    """``zeta = |L_B(w + e) - L_B(w) - e . g|``. The smaller, the more linear."""
     loss: float
     """L_B(w)."""
     perturbed_loss: float

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_kernels.backends import resolve
+from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.protocol import Direct
 from esam_kernels.tensor_lists import are_exact
 
@@ -23,7 +23,10 @@ def check(condition: bool, message: Callable[[], str]) -> None:
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``torch.ops.esam_kernels.*`` by its schema; returns what calls it, by way of the dispatcher or without."""
+    """Define ``torch.ops.esam_kernels.*`` by its schema; returns what calls it, by way of the dispatcher or without.
+
+    What it computes is what its namesake in the reference backend says.
+    """
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -37,6 +40,8 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
             return implementation(*args, **kwargs)
         return operator(*args, **kwargs)
 
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = getattr(reference, name, implementation).__doc__
     return call
 
 

@@ -227,6 +227,10 @@ def _select_gather(
     ignore_index: int = -100,
     backend: str = "",
 ) -> tuple[Tensor, list[Tensor]]:
+    """The k samples whose loss rises most, and these rows of each tensor: ``select`` and ``gather`` in one call.
+
+    The looks are losses (b,), or beside a ``target`` logits (b, C).
+    """
     _check_looks(before, after, target, k)
     _check_rows(tensors)
     module = resolve(backend, after.device)

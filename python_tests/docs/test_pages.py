@@ -1,0 +1,62 @@
+"""The pages of the site: their code runs, and the lists that they keep are complete."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^```python *(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = ["index", "tutorials/first_training", "tutorials/moving", "tutorials/label_noise", "tutorials/fine_tuning"]
+
+
+def run(page):
+    """Run the snippets of a page from top to bottom, and return what they define."""
+    path = ROOT / "docs" / f"{page}.md"
+    text = path.read_text()
+    namespace = {}
+    for match in FENCE.finditer(text):
+        if match[1] != "no-run":
+            # Line numbers of an error are then those of the page.
+            code = "\n" * (text[: match.start()].count("\n") + 1) + match[2]
+            exec(compile(code, str(path), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_and_trains(page):
+    if page.endswith("first_training"):
+        pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    found = run(page)
+    assert all(param.isfinite().all() for param in found["model"].parameters())
+    assert found["optimizer"].state_dict()["esam"]["step"] > 0
+
+
+def test_the_first_training_learns():
+    pytest.importorskip("sklearn")
+    found = run("tutorials/first_training")
+    assert found["sgd"] > 0.9
+    assert found["esam"] > 0.9
+
+
+def test_every_variable_that_the_package_or_its_build_reads_is_on_the_page():
+    sources = [*(ROOT / "esam_kernels").rglob("*.py"), ROOT / "setup.py", *(ROOT / "csrc").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(ESAM_KERNELS_[A-Z_]+)"', path.read_text())}
+    page = set(re.findall(r"`(ESAM_KERNELS_[A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text()))
+    assert page == read
+
+
+def test_every_page_is_reached_from_the_first():
+    pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
+    reached, waiting = set(), ["index"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        for tree in re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL):
+            entries = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            waiting += [os.path.join(os.path.dirname(page), entry) for entry in entries]
+    assert reached == pages
