@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from esam_kernels.settings import Settings
 from esam_kernels.step.phases import Phases
 from esam_kernels.step.plan import relative_cost
 from esam_kernels.step.whole import WholeStep
+
+_T = TypeVar("_T")
+_T1 = TypeVar("_T1")
+_T2 = TypeVar("_T2")
 
 # What a copy takes over.
 _COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_model", "_head")
@@ -350,6 +354,15 @@ class ESAM(Optimizer):
         self._follow()
         self._phases.first_step(zero_grad)
 
+    @overload
+    def select(self, loss_before: Tensor, loss_after: Tensor | None, tensor: _T, /) -> _T: ...
+
+    @overload
+    def select(self, loss_before: Tensor, loss_after: Tensor | None, x: _T1, y: _T2, /) -> tuple[_T1, _T2]: ...
+
+    @overload
+    def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> tuple[Any, ...]: ...
+
     def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+: the gamma share of the batch whose losses rise most (Eq. 6). With gamma = 1 the batch itself.
 
@@ -449,6 +462,42 @@ class ESAM(Optimizer):
             self._is_in_step = False
 
     # -- the whole step ------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> Any: ...
+
+    @overload
+    def step(
+        self,
+        losses: Callable[..., Tensor],
+        first: Any,
+        /,
+        *batch: Any,
+        micro_batch: int | None = None,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def step(
+        self,
+        losses: Callable[..., tuple[Any, ...]],
+        first: Any,
+        /,
+        *batch: Any,
+        micro_batch: int | None = None,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> tuple[Tensor, Any]: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], _T],
+        *,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> _T: ...
 
     def step(  # type: ignore[override]
         self,
