@@ -1,6 +1,6 @@
 """Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) for PyTorch, as fused kernels."""
 
-from esam_kernels import diagnostics, ops, schedules
+from esam_kernels import diagnostics, logs, ops, schedules
 from esam_kernels.graphs import make_graphed_step
 from esam_kernels.normalization import normalization_groups
 from esam_kernels.optimizer import ESAM, SAM
@@ -25,3 +25,5 @@ __all__ = [
     "schedules",
     "select",
 ]
+
+logs.set_up()

@@ -1,20 +1,37 @@
-"""``python -m esam_kernels doctor``."""
+"""``python -m esam_kernels``: the commands of the package."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from esam_kernels import doctor
+from esam_kernels import __version__, doctor
+
+EPILOG = """
+In code:
+  from esam_kernels import ESAM, cross_entropy
+  optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.05, rho=0.05, model=model)
+  loss = optimizer.step(losses, inputs, targets)   # losses(inputs, targets): one loss for each sample
+
+In a clone of the repository: make train (a demonstration), make test, make docs (all pages).
+ESAM_KERNELS_LOG=debug shows which backend serves what.
+"""
 
 
 def main() -> int:
-    """Run the command that was asked for, and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m esam_kernels")
-    commands = parser.add_subparsers(dest="command", required=True)
+    """Run the command that was asked for, and return its exit code; without one, say which there are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m esam_kernels",
+        description=f"esam_kernels {__version__}: sharpness-aware training for PyTorch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
     commands.add_parser("doctor", help="versions, devices, backends, and a self-check of each against the reference")
-    parser.parse_args()
-    return doctor.main()
+    if parser.parse_args().command == "doctor":
+        return doctor.main()
+    parser.print_help()
+    return 0
 
 
 if __name__ == "__main__":

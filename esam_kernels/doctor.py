@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -23,6 +24,7 @@ _SEED, _STEP, _BOUND = 5, 3, round(0.6 * 2**32) - 1
 
 def main() -> int:
     """Print the report. Returns 0 if every backend that is present is right, else 1."""
+    print("To report a problem, paste this, from the first line to the last:\n\n```")
     for name, version in _versions():
         print(f"{name:<14}{version}")
     devices = [torch.device("cpu")]
@@ -35,11 +37,12 @@ def main() -> int:
         print(f"\n{device}: {_describe(device)}; default backend: {_name(backends.resolve(None, device))}")
         for name in backends.NAMES:
             failures += _report(name, device)
-    print(f"\n{'all that is present is right' if failures == 0 else f'{failures} self-checks failed'}")
+    print(f"\n{'all that is present is right' if failures == 0 else f'{failures} self-checks failed'}\n```")
     return 0 if failures == 0 else 1
 
 
 def _versions() -> Iterator[tuple[str, str]]:
+    yield "system", platform.platform()
     yield "python", platform.python_version()
     for package in ("esam_kernels", "torch", "triton"):
         try:
@@ -47,6 +50,9 @@ def _versions() -> Iterator[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             yield package, "not installed" if package != "esam_kernels" else "run from its source folder"
     yield "CUDA", torch.version.cuda or "not in this build of torch"
+    for variable, value in sorted(os.environ.items()):
+        if variable.startswith("ESAM_KERNELS_") or variable == "TRITON_INTERPRET":
+            yield "variable", f"{variable}={value}"
 
 
 def _build(name: str) -> str:

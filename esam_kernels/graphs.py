@@ -130,6 +130,7 @@ class _GraphedStep(_EagerStep):
         batch = self._batch(arguments)
         with self.optimizer._hooks_around((self.closure, *batch), {}) as ((closure, *batch), options):
             if options or closure is not self.closure or _layout(tuple(batch)) != self._layout:
+                logger.debug("graphed step: another layout, closure or options: this step runs eagerly")
                 return self.optimizer.step(closure, *batch, **options)
             return self._run(tuple(batch))
 
@@ -144,11 +145,13 @@ class _GraphedStep(_EagerStep):
         capture = self._captures.find(key, [*numbers, *memory_of(optimizer, modules)])
         if capture is None or self._steps_until_capture > 0:
             check_capturable(optimizer)
+            logger.debug("graphed step: runs eagerly, to be captured later: new settings or memory")
             result = self._warm_up()
             self._steps_until_capture -= 1
             self._captures.keep(key, Capture(mark_memory([*numbers, *memory_of(optimizer, modules)])))
             return result
         if capture.graph is None:
+            logger.debug("graphed step: captured as a CUDA graph")
             capture.graph, capture.result = self._capture()
         return self._replay(capture)
 

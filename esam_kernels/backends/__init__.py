@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from esam_kernels import logs
 from esam_kernels.backends import extensions, protocol
 from esam_kernels.backends.protocol import Backend
 
@@ -51,11 +52,19 @@ def resolve(name: str | None, device: torch.device) -> Backend:
 def _resolve(name: str, device_type: str, device: torch.device) -> Backend:
     key = (name, device_type)
     if key not in _resolved:
-        _resolved[key] = _choose(name, device)
+        found = _resolved[key] = _choose(name, device)
+        logger.debug("%s tensors: backend %r%s", device_type, found.__name__.rpartition(".")[2], _asked(name))
+        if logger.isEnabledFor(logging.DEBUG):
+            for backend in (found, load("reference")):
+                logs.report_calls(backend, protocol.OPERATORS)
     return _resolved[key]
 
 
 _resolved: dict[tuple[str, str], Backend] = {}
+
+
+def _asked(name: str) -> str:
+    return ", as was asked for" if name else ", the default"
 
 
 def _choose(name: str, device: torch.device) -> Backend:

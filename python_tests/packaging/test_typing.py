@@ -87,5 +87,3 @@ def test_a_users_lines_have_no_error_and_each_wrong_argument_has_one(said):
     first = USER.count("\n") + 1
     errors = {line for line, level, _ in said if level == "error"}
     assert errors == set(range(first, first + len(WRONG)))
-
-

@@ -11,6 +11,7 @@ PACKAGE = Path(esam_kernels.__file__).parent
 
 # From the ground up. A room is a module or a folder; those in one row know nothing of each other.
 FLOORS = [
+    ["logs"],
     ["backends"],
     ["settings", "tensor_lists", "device_numbers"],
     ["ops", "normalization"],

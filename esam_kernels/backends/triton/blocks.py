@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,9 @@ TRITON_DTYPES = {
 
 
 # -- On the host -------------------------------------------------------------------------------------------------------
+
+
+logger = logging.getLogger("esam_kernels")
 
 
 class Table(NamedTuple):
@@ -144,6 +148,7 @@ def _layout(
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on ``device``, made without waiting for it, also inside the capture of a CUDA graph."""
+    logger.debug("a table of %d numbers goes to %s: its tensors have not been met before", values.numel(), device)
     if device.type != "cuda":
         return values.to(device)
     if not capturing(device):
