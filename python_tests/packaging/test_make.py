@@ -85,6 +85,15 @@ def test_a_tier_asked_for_that_cannot_run_is_a_failure(run_tiers, monkeypatch, c
     assert ("there is no card" in capsys.readouterr().out) == (asked != ["here"])
 
 
+@pytest.mark.parametrize(("expected", "code"), [(True, 1), (False, 0)])
+def test_a_tier_that_should_run_here_and_cannot_is_a_failure(run_tiers, monkeypatch, expected, code):
+    monkeypatch.setattr(run_tiers, "run", lambda tier: (True, {"passed": 1}))
+    native = run_tiers.Tier("native", lambda: "the compilation failed", is_expected=lambda: expected)
+    monkeypatch.setattr(run_tiers, "TIERS", [run_tiers.Tier("here"), native])
+    monkeypatch.setattr(sys, "argv", ["run_tiers.py"])
+    assert run_tiers.main() == code
+
+
 def test_a_tier_of_which_nothing_ran_is_a_failure(run_tiers, tmp_path, monkeypatch):
     (tmp_path / "python_tests" / "here").mkdir(parents=True)
     monkeypatch.setattr(run_tiers, "ROOT", tmp_path)
