@@ -63,7 +63,7 @@ def split_losses(
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.
     """
     with Probe(model, closure, batch, micro_batch) as probe:
-        k = _size_of_selection(gamma, probe.samples)
+        k = size_of_selection(gamma, probe.samples)
         optimizer = probe.perturber(rho=rho, beta=beta, mask=mask, adaptive=adaptive, seed=seed)
         before, gradient = probe.gradient()
         probe.perturb(optimizer, gradient)
@@ -103,7 +103,7 @@ def gradient_cosine(
     if at not in AT:
         raise ValueError(f"at must be one of {AT}, got {at!r}")
     with Probe(model, closure, batch, micro_batch) as probe:
-        k = _size_of_selection(gamma, probe.samples)
+        k = size_of_selection(gamma, probe.samples)
         optimizer = probe.perturber(rho=rho, beta=beta, mask=mask, adaptive=adaptive, seed=seed)
         before, whole = probe.gradient()
         probe.perturb(optimizer, whole)
@@ -118,7 +118,12 @@ def gradient_cosine(
     return GradientCosine(*cosines)
 
 
-def _size_of_selection(gamma: float, samples: int) -> int:
+def size_of_selection(gamma: float, samples: int) -> int:
+    """k, the size of B+.
+
+    Raises:
+        ValueError: it is the whole batch.
+    """
     k = num_selected(check_share("gamma", gamma), samples)
     if k == samples:
         raise ValueError(f"gamma = {gamma} selects all {samples} samples: nothing is left for B-")

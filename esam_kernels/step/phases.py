@@ -202,13 +202,13 @@ class Phases:
         if k == samples:
             return tensors[0] if len(tensors) == 1 else tensors
         if loss_after is None:
-            loss_after = self._scores(loss_before.detach(), tensors)
+            loss_after = self.scores(loss_before.detach(), tensors)
             loss_before = torch.zeros_like(loss_after)
-        if self._maximizes():
+        if self.maximizes:
             loss_before, loss_after = loss_after, loss_before
         return selected_on(self.perturbation.backend, k, loss_before, loss_after, *tensors)
 
-    def _scores(self, losses: Tensor, batch: tuple[Any, ...]) -> Tensor:
+    def scores(self, losses: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """What the ranking makes of pass 1."""
         self._take_head()
         if self._head is None and self.ranking.needs_head:
@@ -257,7 +257,8 @@ class Phases:
                 self._recorder.forget()
                 self._head = None
 
-    def _maximizes(self) -> bool:
+    @property
+    def maximizes(self) -> bool:
         """Whether the base optimizer looks for large losses: the worse side is then where they fall."""
         return all(group.get("maximize") for group in self.perturbation.base.param_groups)
 
@@ -276,7 +277,7 @@ class Phases:
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
         check_logits(logits_after, target, label_smoothing, ignore_index, class_dim)
-        if not self.ranking.looks_again or self._maximizes():
+        if not self.ranking.looks_again or self.maximizes:
             raise ValueError('select_from_logits needs ranking="rise" and a base optimizer that minimizes: call select')
         k = self.num_selected(samples)
         if k == samples:

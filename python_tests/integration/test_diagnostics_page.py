@@ -29,5 +29,5 @@ def test_snippets_run_and_leave_the_weights(tmp_path, monkeypatch):
 
 def test_the_page_names_every_function():
     functions = [name for name in diagnostics.__all__ if name.islower()]
-    assert len(functions) == 6
+    assert len(functions) == 7
     assert all(f"[`{name}`](#" in PAGE.read_text() for name in functions)
