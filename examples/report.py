@@ -45,7 +45,7 @@ def commit() -> str | None:
 
 
 def summarise(results: list[Result]) -> list[dict[str, Any]]:
-    """A row for each optimizer, over its seeds."""
+    """A row for each optimizer, over its seeds. ``cost`` is counted, in units of the base optimizer's step."""
     rows = []
     for name in dict.fromkeys(result["optimizer"] for result in results):
         own = [result for result in results if result["optimizer"] == name]
@@ -57,6 +57,7 @@ def summarise(results: list[Result]) -> list[dict[str, Any]]:
                 "test_accuracy": spread([result["history"][-1]["test_accuracy"] for result in own]),
                 "train_loss": spread([result["history"][-1]["train_loss"] for result in own]),
                 "sharpness": spread([result["sharpness"] for result in own]),
+                "cost": mean(entry["cost"] for result in own for entry in result["history"]),
                 "images_per_second": len(seconds) * own[0]["images"] / seconds[-1],
             }
         )
@@ -73,7 +74,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("optimizer", "test accuracy %", "images/s", "x SAM", "x SGD", "sharpness", "train loss")
+    head = ("optimizer", "test accuracy %", "images/s", "x SAM", "x SGD", "counted cost", "sharpness", "train loss")
     lines = [head]
     for row in rows:
         ratios = [row["speed_to_sam"], row["speed_to_sgd"]]
@@ -83,6 +84,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 plus_minus(row["test_accuracy"], 1),
                 f"{row['images_per_second']:,.0f}",
                 *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                f"{row['cost']:.2f}",
                 plus_minus(row["sharpness"], 4),
                 plus_minus(row["train_loss"], 3),
             )

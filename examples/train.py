@@ -18,13 +18,15 @@ from checkpoint import FILE, load_checkpoint, save_checkpoint
 from data import DATA_SETS, DataSet, UserError, load, with_label_noise
 from learning_rate import SCHEDULES
 from models import MODELS, needs_two_images
+from option_types import phase, positive_int, radius, seed_number, share, workers
 from progress import Progress
 from recipes import parse_with_recipe, recipe_name
 from report import Result, plot, summarise, table, write_json
-from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, Trainer, gamma_of
+from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, PERTURBED, RANKED, Trainer, gamma_of
 
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.ascent import DEFAULT_RHO as DEFAULT_RHOS
+from esam_kernels.ranking import RANKINGS
 from esam_kernels.selection import num_selected
 
 # Options that do not change what is trained, and may differ when a run is resumed.
@@ -62,6 +64,27 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=["current"],
         help="what esam perturbs along, a row each: previous and momentum take one pass a step (default current)",
+    )
+    training.add_argument(
+        "--ranking",
+        choices=RANKINGS,
+        default="rise",
+        help="what esam and esam-sds choose B+ by: rise measures it in a forward of its own (default), first_order and "
+        "random do without",
+    )
+    training.add_argument(
+        "--perturb",
+        choices=PERTURBED,
+        default="all",
+        help="SAM, ESAM: all weights, or those of the normalization layers (default all)",
+    )
+    training.add_argument(
+        "--phase",
+        type=phase,
+        default=(0.0, 1.0),
+        metavar="START:STOP",
+        help="SAM, ESAM: perturb in this part of the steps only, 0.7:1 for the last 30 %% (default 0:1); the base "
+        "optimizer's steps elsewhere",
     )
     training.add_argument("--rho", type=radius, help=f"radius (default: {default_radii()})")
     training.add_argument(
@@ -108,6 +131,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data-path is for --data cifar10, cifar100 and imagenet")
     if options.graph and options.micro_batch is not None:
         parser.error("--graph takes the batch whole: leave --micro-batch out")
+    if options.phase != (0.0, 1.0) and options.rho_warmup:
+        parser.error("--phase and --rho-warmup both set rho over the steps: leave one out")
+    if options.ranking != "rise" and not set(options.optimizer) & RANKED:
+        parser.error(f"--ranking is for --optimizer {' or '.join(sorted(RANKED))}")
     if options.lr_warmup >= options.epochs:
         parser.error(f"--lr-warmup {options.lr_warmup:g} leaves nothing of {options.epochs} epochs")
     if options.label_noise is None:
@@ -134,36 +161,6 @@ def with_ascents(parser: Parser, options: argparse.Namespace) -> list[str]:
             f"--gamma {options.gamma} needs two looks at the batch, and {' and '.join(ONE_PASS)} take one: leave it out"
         )
     return found
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
-def workers(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return int(text)
-
-
-def share(text: str) -> float:
-    if not 0.0 <= float(text) <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1]")
-    return float(text)
-
-
-def radius(text: str) -> float:
-    if not 0.0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return float(text)
-
-
-def seed_number(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 2**32)")
-    return int(text)
 
 
 def find_device(name: str) -> torch.device:

@@ -15,13 +15,16 @@ from learning_rate import build_lr_schedule
 from models import build_model
 from torch import Tensor
 
-from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm, make_graphed_step
+from esam_kernels import ESAM, SAM, cross_entropy, frozen_batch_norm, make_graphed_step, normalization_groups
 from esam_kernels.perturbation.ascent import DEFAULT_RHO as DEFAULT_RHOS
-from esam_kernels.schedules import LinearSchedule
+from esam_kernels.schedules import LinearSchedule, PhaseSchedule, Schedule
 
 # ESAM with one pass a step, and its ascent.
 ONE_PASS = {"esam-previous": "previous", "esam-momentum": "momentum"}
 OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds", *ONE_PASS)
+# Those that choose B+.
+RANKED = {"esam", "esam-sds"}
+PERTURBED = ("all", "normalization")
 # The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
 DEFAULT_RHO = DEFAULT_RHOS["current"]
 DEFAULT_RHO_ASAM = 0.5
@@ -37,25 +40,28 @@ def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespa
     one pass a step.
     """
     sgd = {"lr": options.lr, "momentum": options.momentum, "weight_decay": options.weight_decay}
-    params = model.parameters()
     if name == "sgd":
-        return torch.optim.SGD(params, **sgd)
+        return torch.optim.SGD(model.parameters(), **sgd)
+    rho = default_rho(name) if options.rho is None else options.rho
+    params: Any = normalization_groups(model, rho) if options.perturb == "normalization" else model.parameters()
     if name in ("sam", "asam"):
-        default = DEFAULT_RHO if name == "sam" else DEFAULT_RHO_ASAM
-        rho = default if options.rho is None else options.rho
         return SAM(params, torch.optim.SGD, rho=rho, adaptive=name == "asam", model=model, **sgd)
-    ascent = ONE_PASS.get(name, "current")
     return ESAM(
         params,
         torch.optim.SGD,
-        rho=DEFAULT_RHOS[ascent] if options.rho is None else options.rho,
+        rho=rho,
+        ranking=options.ranking if name in RANKED else "rise",
         beta=beta_of(name, options),
         gamma=gamma_of(name, options),
         mask=options.mask,
-        ascent=ascent,
+        ascent=ONE_PASS.get(name, "current"),
         model=model,
         **sgd,
     )
+
+
+def default_rho(name: str) -> float:
+    return DEFAULT_RHO_ASAM if name == "asam" else DEFAULT_RHOS[ONE_PASS.get(name, "current")]
 
 
 def beta_of(name: str, options: argparse.Namespace) -> float:
@@ -105,10 +111,18 @@ class Trainer:
             return None
         return LinearSchedule(self.optimizer, "gamma", 1.0, self.optimizer.gamma, total_iters=steps)
 
-    def _rho_schedule(self) -> LinearSchedule | None:
-        """rho from 0 up to its value over the share ``rho_warmup`` of all steps."""
-        steps = round(self.options.rho_warmup * self.options.epochs * self.steps_per_epoch)
-        if not isinstance(self.optimizer, ESAM) or steps == 0:
+    def _rho_schedule(self) -> Schedule | None:
+        """rho from 0 up to its value over the share ``rho_warmup`` of all steps, or 0 outside ``phase``."""
+        if not isinstance(self.optimizer, ESAM):
+            return None
+        total = self.options.epochs * self.steps_per_epoch
+        steps = round(self.options.rho_warmup * total)
+        if self.options.phase != (0.0, 1.0):
+            start, stop = (round(share * total) for share in self.options.phase)
+            return PhaseSchedule(
+                self.optimizer, "rho", self.optimizer.param_groups[0]["rho"], start, max(stop, start + 1)
+            )
+        if steps == 0:
             return None
         return LinearSchedule(self.optimizer, "rho", 0.0, self.optimizer.param_groups[0]["rho"], total_iters=steps)
 
@@ -162,13 +176,17 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(epoch_seed)
         self.model.train()
         total = torch.zeros((), device=self.device)
+        cost = steps = 0.0
         start = self._now()
         for images, labels in self.data.training_batches(self.options.batch_size, generator):
+            cost += self.optimizer.relative_cost if isinstance(self.optimizer, ESAM) else 1.0
+            steps += 1
             total += self.step(images, labels) * len(labels)
             on_step()
         seconds = self._now() - start
         loss = total.item() / len(self.data.train_labels)
-        self.history.append({"epoch": epoch + 1, "seconds": seconds, "train_loss": loss, **self.evaluate()})
+        entry = {"epoch": epoch + 1, "seconds": seconds, "cost": cost / steps, "train_loss": loss}
+        self.history.append({**entry, **self.evaluate()})
 
     def _now(self) -> float:
         if self.device.type == "cuda":

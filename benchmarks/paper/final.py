@@ -37,7 +37,7 @@ def train_to_the_end(
     epochs = train_and_measure(settings, settings.scratch_of(key), data, arguments, seed, of_epoch)
     last = epochs[-1]
     accuracies = [epoch["test_accuracy"] for epoch in epochs]
-    fixed = ("epoch", "train_loss", "test_loss", "test_accuracy", "images", "seconds")
+    fixed = ("epoch", "train_loss", "test_loss", "test_accuracy", "cost", "images", "seconds")
     more = {name: [epoch[name] for epoch in epochs] for name in last if name not in fixed}
     speed = last["images"] / statistics.median(epoch["seconds"] for epoch in epochs)
     kept = {name: last[name] for name in ("train_loss", "test_loss", "test_accuracy")}

@@ -52,7 +52,17 @@ def test_recipe_has_the_numbers_of_the_paper(data, model, optimizer):
 
 
 def test_there_is_a_recipe_for_each_model_data_set_and_optimizer():
-    assert len(recipes.RECIPES) == (2 * 3 + 3) * 5
+    assert len(recipes.RECIPES) == (2 * 3 + 3) * 6
+
+
+@pytest.mark.parametrize("model", ["cifar10-resnet18", "cifar100-wrn28-10", "imagenet-vit-s16"])
+def test_the_fast_recipe_is_esams_with_a_cheap_ranking_over_normalization_layers(model):
+    fast, esam = (vars(train.parse_options(["--recipe", f"{model}-{name}"])) for name in ("esam-fast", "esam"))
+    assert {name: value for name, value in fast.items() if value != esam[name]} == {
+        "recipe": f"{model}-esam-fast",
+        "ranking": "first_order",
+        "perturb": "normalization",
+    }
 
 
 def test_recipes_set_nothing_but_options():
