@@ -5,8 +5,8 @@
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
 ``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The blocks of
-docs/performance.md are those of :mod:`benchmarks.performance`. ``--check`` changes nothing, and fails where a page
-differs.
+docs/performance.md are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of
+:mod:`benchmarks.agreement`. ``--check`` changes nothing, and fails where a page differs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import performance, tables
+from benchmarks import agreement, performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
-PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "performance.md")))
+PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "performance.md", "ranking.md")))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
+AGREEMENT = re.compile(r"(<!-- agreement:(?P<source>\S+) -->\n).*?(<!-- /agreement -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")
 ANY_MARK = re.compile(r"<!-- row: ")
 
@@ -61,7 +62,11 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         table = _radii_table(path, match["only"]) if match["only"] else _study_table(path)
         return f"{match[1]}{table}\n{match[5]}"
 
-    return performance.rendered(MARK.sub(mark, STUDY.sub(study, BLOCK.sub(block, text))), folder)
+    def agreed(match: re.Match[str]) -> str:
+        return f"{match[1]}{agreement.table(folder / (match['source'] + '.json'))}\n{match[3]}"
+
+    text = AGREEMENT.sub(agreed, BLOCK.sub(block, text))
+    return performance.rendered(MARK.sub(mark, STUDY.sub(study, text)), folder)
 
 
 def _study_table(path: Path) -> str:

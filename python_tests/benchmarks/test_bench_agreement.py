@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import agreement
+from benchmarks import agreement, readme
 
 
 def test_a_run_has_a_row_for_each_epoch_and_ranking():
@@ -32,11 +32,14 @@ def test_the_table_has_a_line_for_each_setting_and_epoch(tmp_path):
     ]
     environment = {"torch": "2.13", "commit": "abc", "date": "2026-01-01"}
     path.write_text(json.dumps({"environment": environment, "rows": rows}))
-    assert agreement.table(path).splitlines() == [
+    assert readme.rendered("before\n<!-- agreement:rows -->\nold\n<!-- /agreement -->\n", tmp_path).splitlines() == [
+        "before",
+        "<!-- agreement:rows -->",
         "| network and data | after epoch | first_order | random |",
         "|---|---:|---:|---:|",
         "| digits | 1 | 86% (0.89) | 50% (-0.05) |",
         "| digits | 5 | 90% (0.70) | 48% (0.00) |",
         "",
         "Means over 20 batches of 64; torch 2.13, commit abc, 2026-01-01.",
+        "<!-- /agreement -->",
     ]

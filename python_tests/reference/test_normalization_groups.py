@@ -95,6 +95,28 @@ def test_only_the_normalization_layers_move():
     assert moved == {"1.weight", "1.bias", "4.weight", "4.bias"}
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_length_of_the_perturbation_is_the_radius_measured_over_the_normalization_layers_alone(adaptive):
+    model = model_with_norms().double()
+    optimizer = SAM(
+        normalization_groups(model, 0.3), torch.optim.SGD, lr=0.1, adaptive=adaptive, eta=0.01 if adaptive else 0.0
+    )
+    before = oracles.weights_of(model)
+    inputs, target = torch.randn(16, 6, dtype=torch.float64), torch.randint(0, 4, (16,))
+    nn.functional.cross_entropy(model(inputs), target).backward()
+    gradients = [param.grad.clone() for param in model.parameters()]
+    optimizer.first_step(zero_grad=True)
+    e = [param.detach() - old for param, old in zip(model.parameters(), before)]
+    scaling = [old.abs() + 0.01 if adaptive else torch.ones_like(old) for old in before]
+    own = [2, 3, 6, 7]  # BatchNorm's and LayerNorm's weight and bias
+    length = sum(float((e[i] / scaling[i]).square().sum()) for i in range(len(e)))
+    assert math.sqrt(length) == pytest.approx(0.3, rel=1e-6)
+    norm = math.sqrt(sum(float((scaling[i] * gradients[i]).square().sum()) for i in own))
+    for i, part in enumerate(e):
+        wanted = 0.3 * scaling[i] ** 2 * gradients[i] / norm if i in own else torch.zeros_like(part)
+        torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-12)
+
+
 def test_a_phase_leaves_the_other_group_at_zero():
     model = model_with_norms()
     optimizer = ESAM(normalization_groups(model, 0.3), torch.optim.SGD, lr=0.1)
