@@ -12,12 +12,12 @@ from torch import Tensor
 
 from esam_kernels.ranking.base import Head, Ranking, RankingContext
 from esam_kernels.ranking.custom import Custom
-from esam_kernels.ranking.first_order import FirstOrder
+from esam_kernels.ranking.first_order import FirstOrder, first_order_scores
 from esam_kernels.ranking.head import HeadRecorder, find_head
 from esam_kernels.ranking.random import Random
 from esam_kernels.ranking.rise import Rise
 
-__all__ = ["RANKINGS", "Head", "HeadRecorder", "Ranking", "RankingContext", "find_head", "make"]
+__all__ = ["RANKINGS", "Head", "HeadRecorder", "Ranking", "RankingContext", "find_head", "first_order_scores", "make"]
 
 RANKINGS: dict[str, type[Ranking]] = {"rise": Rise, "first_order": FirstOrder, "random": Random}
 

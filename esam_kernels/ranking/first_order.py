@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esam_kernels.backends.reference import compute_dtype
-from esam_kernels.ranking.base import Head, Ranking, RankingContext
+from esam_kernels.ranking.base import Ranking, RankingContext
 
 
 class FirstOrder(Ranking):
@@ -25,20 +25,36 @@ class FirstOrder(Ranking):
     def scores(self, context: RankingContext) -> Tensor:
         """s_i of the equation above, in float32 (float64 where the head works in float64)."""
         assert context.head is not None
-        return first_order_scores(context.head)
+        head = context.head
+        return first_order_scores(head.input, head.output_grad, has_bias=head.has_bias, transform=head.transform)
 
 
-def first_order_scores(head: Head) -> Tensor:
-    """The scores of :class:`FirstOrder`, shape (b,), float32, or float64 where the head's input is."""
-    inputs, output_grad = head.input, head.output_grad
+def first_order_scores(
+    inputs: Tensor,
+    output_grads: Tensor,
+    *,
+    has_bias: bool = True,
+    transform: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The scores of :class:`FirstOrder`.
+
+    Args:
+        inputs: of a linear layer, shape (b, ..., D).
+        output_grads: of its output, shape (b, ..., C).
+        has_bias: whether the layer has a bias, whose gradient is g.
+        transform: T_w^2 of its weight, shape (C, D), and of its bias, shape (C,); None: 1.
+
+    Returns:
+        Scores, shape (b,), float32, or float64 where the inputs are.
+    """
     dtype = compute_dtype(inputs.dtype)
-    transform, bias_transform = head.transform
+    of_weight, of_bias = transform
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
         h = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        delta = output_grad.reshape(-1, output_grad.shape[-1]).to(dtype)
+        delta = output_grads.reshape(-1, output_grads.shape[-1]).to(dtype)
         weight_grad = delta.T @ h
-        moved = h @ (weight_grad if transform is None else weight_grad * transform).T
-        if head.has_bias:
+        moved = h @ (weight_grad if of_weight is None else weight_grad * of_weight).T
+        if has_bias:
             bias_grad = delta.sum(dim=0)
-            moved = moved + (bias_grad if bias_transform is None else bias_grad * bias_transform)
+            moved = moved + (bias_grad if of_bias is None else bias_grad * of_bias)
         return (moved * delta).sum(dim=1).reshape(inputs.shape[0], -1).sum(dim=1)
