@@ -70,8 +70,8 @@ def ranking_agreement(
             scores = twin._phases.scores(before, batch).to(rises.dtype)
         finally:
             twin.restore()
-        if twin._phases.maximizes:
-            rises, scores = -rises, -scores
+        if twin._phases._maximizes():
+            rises = -rises  # the perturbation goes down, and B+ are the samples that fall most
     nothing = torch.zeros_like(rises)
     measured, named = (select(nothing, values, k).tolist() for values in (rises, scores))
     shared = len(set(measured) & set(named)) / k

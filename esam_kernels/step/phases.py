@@ -204,7 +204,7 @@ class Phases:
         if loss_after is None:
             loss_after = self.scores(loss_before.detach(), tensors)
             loss_before = torch.zeros_like(loss_after)
-        if self.maximizes:
+        if self.ranking.looks_again and self._maximizes():
             loss_before, loss_after = loss_after, loss_before
         return selected_on(self.perturbation.backend, k, loss_before, loss_after, *tensors)
 
@@ -257,8 +257,7 @@ class Phases:
                 self._recorder.forget()
                 self._head = None
 
-    @property
-    def maximizes(self) -> bool:
+    def _maximizes(self) -> bool:
         """Whether the base optimizer looks for large losses: the worse side is then where they fall."""
         return all(group.get("maximize") for group in self.perturbation.base.param_groups)
 
@@ -277,7 +276,7 @@ class Phases:
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
         check_logits(logits_after, target, label_smoothing, ignore_index, class_dim)
-        if not self.ranking.looks_again or self.maximizes:
+        if not self.ranking.looks_again or self._maximizes():
             raise ValueError('select_from_logits needs ranking="rise" and a base optimizer that minimizes: call select')
         k = self.num_selected(samples)
         if k == samples:

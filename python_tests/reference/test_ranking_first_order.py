@@ -257,7 +257,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights():
 
 
 def test_a_base_optimizer_that_maximizes_takes_the_samples_that_fall_most():
+    """e goes down, along -G: the losses with the largest products fall most."""
     model = oracles.mlp(dtype=torch.float64)
     losses, batch = oracles.losses_of(model), oracles.batch(16, dtype=torch.float64)
-    wanted = oracles.ranked(products(model, losses, *batch).tolist(), [0.0] * 16, 8)
+    wanted = oracles.ranked([0.0] * 16, products(model, losses, *batch).tolist(), 8)
     assert chosen(build(model, maximize=True), losses, *batch) == wanted
