@@ -128,7 +128,7 @@ def cross_entropy_cases() -> list[Case]:
             if launch.tiled
             else (cross_entropy.forward_row_kernel, cross_entropy.backward_row_kernel)
         )
-        pointers = dict.fromkeys(("losses_ptr", "lse_ptr", "grad_losses_ptr"), "*fp32")
+        pointers = dict.fromkeys(("losses_ptr", "normalizer_ptr", "grad_losses_ptr"), "*fp32")
         pointers |= dict.fromkeys(("logits_ptr", "gradient_ptr"), pointer_to(dtype))
         vector = cross_entropy.common_vector(classes, torch.empty(1, classes, dtype=dtype))
         for name, kernel, accesses, extra in (

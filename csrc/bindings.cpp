@@ -138,24 +138,25 @@ cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::obj
 
 void cross_entropy_forward(const py::object& logits, const py::object& index, const py::object& probability,
                            double label_smoothing, int64_t ignore_index, const py::object& losses,
-                           const py::object& lse) {
+                           const py::object& normalizer) {
   const at::Tensor& x = unpack(logits);
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
-  float *const losses_out = data<float>(losses, x.size(0)), *const lse_out = data<float>(lse, x.size(0));
+  float* const losses_out = data<float>(losses, x.size(0));
+  float* const normalizer_out = data<float>(normalizer, 2 * x.size(0));
   py::gil_scoped_release release;
-  cpu::cross_entropy_forward(*supported_dtype(x), rows, x.size(0), losses_out, lse_out);
+  cpu::cross_entropy_forward(*supported_dtype(x), rows, x.size(0), losses_out, normalizer_out);
 }
 
 void cross_entropy_backward(const py::object& grad_losses, const py::object& logits, const py::object& index,
-                            const py::object& probability, const py::object& lse, double label_smoothing,
+                            const py::object& probability, const py::object& normalizer, double label_smoothing,
                             int64_t ignore_index, const py::object& grad_logits) {
   const at::Tensor& x = unpack(logits);
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
   const float* const upstream = data<const float>(grad_losses, x.size(0));
-  const float* const lse_in = data<const float>(lse, x.size(0));
+  const float* const normalizer_in = data<const float>(normalizer, 2 * x.size(0));
   void* const out = unpack(grad_logits).mutable_data_ptr();
   py::gil_scoped_release release;
-  cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, lse_in, out);
+  cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, normalizer_in, out);
 }
 
 // Both losses are contiguous and float32, or both are float64.

@@ -79,11 +79,11 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
                             double label_smoothing, int64_t ignore_index) {
     const auto options = logits.options().dtype(at::kFloat).requires_grad(false);
-    at::Tensor losses = at::empty({logits.size(0)}, options), lse = at::empty({logits.size(0)}, options);
+    at::Tensor losses = at::empty({logits.size(0)}, options), normalizer = at::empty({2, logits.size(0)}, options);
     cpu::cross_entropy_forward(*supported_dtype(logits), rows_of(logits, target, label_smoothing, ignore_index),
-                               logits.size(0), losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
+                               logits.size(0), losses.mutable_data_ptr<float>(), normalizer.mutable_data_ptr<float>());
     if (ctx != nullptr) {
-      ctx->save_for_backward({logits, target, lse});
+      ctx->save_for_backward({logits, target, normalizer});
       ctx->saved_data["label_smoothing"] = label_smoothing;
       ctx->saved_data["ignore_index"] = ignore_index;
     }
@@ -94,7 +94,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
                                                  const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
     // Contiguous they were, but hooks of the user's may have packed and unpacked them.
-    const at::Tensor logits = saved[0].contiguous(), target = saved[1].contiguous(), lse = saved[2].contiguous();
+    const at::Tensor logits = saved[0].contiguous(), target = saved[1].contiguous();
+    const at::Tensor normalizer = saved[2].contiguous();
     const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     at::Tensor gradient;
@@ -104,7 +105,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       const at::Tensor upstream = grad_outputs[0].to(at::kFloat).contiguous();
       gradient = at::empty_like(logits, logits.options().requires_grad(false));
       cpu::cross_entropy_backward(*supported_dtype(logits), rows_of(logits, target, label_smoothing, ignore_index),
-                                  logits.size(0), upstream.const_data_ptr<float>(), lse.const_data_ptr<float>(),
+                                  logits.size(0), upstream.const_data_ptr<float>(), normalizer.const_data_ptr<float>(),
                                   gradient.mutable_data_ptr());
     }
     return {gradient, at::Tensor(), at::Tensor(), at::Tensor()};

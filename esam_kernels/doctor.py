@@ -146,9 +146,9 @@ def _cross_entropy(backend: Backend, device: torch.device, dtype: torch.dtype) -
     logits = _tensors(device, dtype, 0)[3]
     target = torch.arange(33, device=device)
     target[5] = -100
-    losses, lse = backend.cross_entropy_forward(logits, target, 0.1, -100)
-    gradient = backend.cross_entropy_backward(torch.ones_like(losses), logits, target, lse, 0.1, -100)
-    return [losses, lse, gradient]
+    losses, normalizer = backend.cross_entropy_forward(logits, target, 0.1, -100)
+    gradient = backend.cross_entropy_backward(torch.ones_like(losses), logits, target, normalizer, 0.1, -100)
+    return [losses, normalizer, gradient]
 
 
 def _select_and_gather(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -38,7 +38,8 @@ def cross_entropy(
         target: class indices, any integer dtype; or class probabilities, floating point, of the shape and the layout of
             ``logits``.
         label_smoothing: epsilon, in [0, 1].
-        ignore_index: positions with this target count neither in the loss nor in the gradient.
+        ignore_index: positions with this target count neither in the loss nor in the gradient. Of class indices only:
+            with class probabilities it has to be negative.
         class_dim: the dimension of ``logits`` that holds the classes, any but the batch's, 0. None: what the shapes
             say. Where torch's layout and classes last both fit (T equal to C, or class probabilities of three
             dimensions and more), torch's is taken, with one warning for each shape.
@@ -49,10 +50,12 @@ def cross_entropy(
 
     Raises:
         TypeError: logits or target that are no tensors, or an ignore_index that is no integer.
-        ValueError: shapes or dtypes that fit none of the layouts, or not ``class_dim``; label_smoothing outside [0, 1].
+        ValueError: shapes or dtypes that fit none of the layouts, or not ``class_dim``; label_smoothing outside [0, 1];
+            class probabilities with an ``ignore_index`` of 0 or more.
         IndexError: a class index out of range, on the CPU. On other devices such a sample's loss is NaN.
 
-    Differentiable with respect to ``logits``, twice.
+    Differentiable with respect to ``logits``, twice. Losses and gradients depend on differences of logits only, so
+    they are exact to float32 rounding whatever the logits have in common.
     """
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor) and isinstance(ignore_index, int)):
         _check_kinds(logits, target, ignore_index)

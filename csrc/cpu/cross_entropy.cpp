@@ -22,18 +22,24 @@ const int64_t* out_of_range(const CrossEntropyRows& rows, int64_t count) {
   return found == end ? nullptr : found;
 }
 
-void cross_entropy_forward(Dtype dtype, const CrossEntropyRows& rows, int64_t count, float* losses, float* lse) {
+void cross_entropy_forward(Dtype dtype, const CrossEntropyRows& rows, int64_t count, float* losses, float* normalizer) {
   const auto forward = kernels().cross_entropy_forward[dtype];
   parallel_for(count, row_grain(rows.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) forward(rows, row, losses + row, lse + row);
+    for (int64_t row = begin; row < end; ++row) {
+      const Normalizer values = forward(rows, row, losses + row);
+      normalizer[row] = values.max;
+      normalizer[count + row] = values.log_sum;
+    }
   });
 }
 
 void cross_entropy_backward(Dtype dtype, const CrossEntropyRows& rows, int64_t count, const float* grad_losses,
-                            const float* lse, void* grad_logits) {
+                            const float* normalizer, void* grad_logits) {
   const auto backward = kernels().cross_entropy_backward[dtype];
   parallel_for(count, row_grain(rows.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) backward(rows, row, grad_losses[row], lse[row], grad_logits);
+    for (int64_t row = begin; row < end; ++row) {
+      backward(rows, row, grad_losses[row], {normalizer[row], normalizer[count + row]}, grad_logits);
+    }
   });
 }
 

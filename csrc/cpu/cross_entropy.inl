@@ -151,56 +151,47 @@ inline double sum_of_target(const float* probability, int64_t classes) {
   return total;
 }
 
-// sum(q (x - max))
+// sum(q (x - max)), where q = probability * share + uniform. Smoothed before the product: 0 times a logit of -inf is
+// NaN, the smoothed probability times it is not.
 template <typename T>
-double sum_of_products(const T* logits, const float* probability, int64_t classes, float max) {
+double sum_of_products(const T* logits, const float* probability, int64_t classes, float max, float share,
+                       float uniform) {
   Block logits_block, target_block;
   double total = 0;
   for_each_block(classes, [&](int64_t start, int64_t size) {
     const float* x = logits_block.read(logits + start, size, max);
     const float* q = target_block.read(probability + start, size, 0);
-    total += sum_of(size, [=](int64_t i) { return load_floats(q + i) * (load_floats(x + i) - max); });
+    total +=
+        sum_of(size, [=](int64_t i) { return (load_floats(q + i) * share + uniform) * (load_floats(x + i) - max); });
   });
   return total;
 }
 
 template <typename T>
-bool has_nan(const T* logits, int64_t classes) {
-  return std::any_of(logits, logits + classes, [](T logit) { return load(logit) != load(logit); });
-}
-
-// Where the maximum is infinite, so is the sum, as torch.logsumexp has it; the loss is NaN all the same.
-template <typename T>
-float log_sum_exp(const T* logits, int64_t classes, float max, double log_sum) {
-  if (!std::isinf(max)) return static_cast<float>(max + log_sum);
-  return has_nan(logits, classes) ? NAN : max;
-}
-
-template <typename T>
-void cross_entropy_forward(const CrossEntropyRows& rows, int64_t row, float* loss, float* lse) {
+Normalizer cross_entropy_forward(const CrossEntropyRows& rows, int64_t row, float* loss) {
   const int64_t classes = rows.classes;
   const T* const logits = static_cast<const T*>(rows.logits) + row * classes;
   const auto [max, sum] = max_and_sum(logits, classes);
   const double log_sum = std::log(sum);
-  *lse = log_sum_exp(logits, classes, max, log_sum);
+  const Normalizer normalizer{max, static_cast<float>(log_sum)};
 
+  const double smoothing = rows.label_smoothing, uniform = smoothing / classes;
   double target_sum = 1, product_sum;
   if (rows.probability != nullptr) {
     const float* const q = rows.probability + row * classes;
-    target_sum = sum_of_target(q, classes);
-    product_sum = sum_of_products(logits, q, classes, max);
+    target_sum = sum_of_target(q, classes) * (1 - smoothing) + smoothing;
+    product_sum = sum_of_products(logits, q, classes, max, 1 - smoothing, uniform);
   } else if (rows.index[row] == rows.ignore_index) {
     *loss = 0;
-    return;
+    return normalizer;
   } else {
     product_sum = load(logits[rows.index[row]]) - max;
-  }
-  const double smoothing = rows.label_smoothing;
-  if (smoothing != 0) {
-    target_sum = target_sum * (1 - smoothing) + smoothing;
-    product_sum = product_sum * (1 - smoothing) + sum_of_shifted(logits, classes, max) * (smoothing / classes);
+    if (smoothing != 0) {
+      product_sum = product_sum * (1 - smoothing) + sum_of_shifted(logits, classes, max) * uniform;
+    }
   }
   *loss = static_cast<float>(target_sum * log_sum - product_sum);
+  return normalizer;
 }
 
 // Where the results of a block are computed: in a buffer, or in place where they are float32 in whole lanes.
@@ -219,8 +210,8 @@ inline void write(T* destination, const float* values, int64_t n) {
 
 // grad_logits[i] <- (softmax * target_sum - q) grad_loss, where q = probability * share + uniform
 template <typename T>
-void write_gradient(const T* logits, const float* probability, T* grad_logits, int64_t classes, float lse,
-                    float target_sum, float share, float uniform, float grad_loss) {
+void write_gradient(const T* logits, const float* probability, T* grad_logits, int64_t classes,
+                    const Normalizer& normalizer, float target_sum, float share, float uniform, float grad_loss) {
   Block logits_block, target_block, result_block;
   for_each_block(classes, [&](int64_t start, int64_t size) {
     const float* x = logits_block.read(logits + start, size, -INFINITY);
@@ -231,7 +222,7 @@ void write_gradient(const T* logits, const float* probability, T* grad_logits, i
       for (int v = 0; v < kLanes; v += kFloats) {
         FloatVector target = FloatVector{} + uniform;
         if (q != nullptr) target += load_floats(q + i + v) * share;
-        const FloatVector softmax = exp(load_floats(x + i + v) - lse);
+        const FloatVector softmax = exp(load_floats(x + i + v) - normalizer.max - normalizer.log_sum);
         store_floats(result + i + v, (softmax * target_sum - target) * grad_loss);
       }
     }
@@ -240,7 +231,8 @@ void write_gradient(const T* logits, const float* probability, T* grad_logits, i
 }
 
 template <typename T>
-void cross_entropy_backward(const CrossEntropyRows& rows, int64_t row, float grad_loss, float lse, void* grad_logits) {
+void cross_entropy_backward(const CrossEntropyRows& rows, int64_t row, float grad_loss, const Normalizer& normalizer,
+                            void* grad_logits) {
   const int64_t classes = rows.classes;
   const T* const logits = static_cast<const T*>(rows.logits) + row * classes;
   T* const gradient = static_cast<T*>(grad_logits) + row * classes;
@@ -248,7 +240,7 @@ void cross_entropy_backward(const CrossEntropyRows& rows, int64_t row, float gra
   if (rows.probability != nullptr) {
     const float* const q = rows.probability + row * classes;
     const double target_sum = sum_of_target(q, classes) * (1 - smoothing) + smoothing;
-    write_gradient(logits, q, gradient, classes, lse, target_sum, 1 - smoothing, uniform, grad_loss);
+    write_gradient(logits, q, gradient, classes, normalizer, target_sum, 1 - smoothing, uniform, grad_loss);
     return;
   }
   const int64_t target = rows.index[row];
@@ -256,7 +248,7 @@ void cross_entropy_backward(const CrossEntropyRows& rows, int64_t row, float gra
     std::fill(gradient, gradient + classes, T{});
     return;
   }
-  write_gradient<T>(logits, nullptr, gradient, classes, lse, 1, 1, uniform, grad_loss);
-  const double softmax = std::exp(static_cast<double>(load(logits[target])) - lse);
+  write_gradient<T>(logits, nullptr, gradient, classes, normalizer, 1, 1, uniform, grad_loss);
+  const double softmax = std::exp(static_cast<double>(load(logits[target])) - normalizer.max - normalizer.log_sum);
   gradient[target] = store<T>(static_cast<float>((softmax - (1 - smoothing) - uniform) * grad_loss));
 }

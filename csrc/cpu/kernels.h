@@ -54,6 +54,13 @@ struct CrossEntropyRows {
   int64_t ignore_index;
 };
 
+// What a row's softmax is rebuilt from. Kept apart: their sum, rounded, would lose the digits of the second beside a
+// large max.
+struct Normalizer {
+  float max;
+  float log_sum;  // log sum exp(x - max)
+};
+
 struct Kernels {
   const char* name;
 
@@ -68,9 +75,9 @@ struct Kernels {
   void (*adam[kNumDtypes])(const AdamPointers& pointers, int64_t n, const AdamScalars& scalars);
 
   // One row each; float64 logits have no entry.
-  void (*cross_entropy_forward[kNumDtypes])(const CrossEntropyRows& rows, int64_t row, float* loss, float* lse);
-  void (*cross_entropy_backward[kNumDtypes])(const CrossEntropyRows& rows, int64_t row, float grad_loss, float lse,
-                                             void* grad_logits);
+  Normalizer (*cross_entropy_forward[kNumDtypes])(const CrossEntropyRows& rows, int64_t row, float* loss);
+  void (*cross_entropy_backward[kNumDtypes])(const CrossEntropyRows& rows, int64_t row, float grad_loss,
+                                             const Normalizer& normalizer, void* grad_logits);
 
   void (*philox_words)(uint64_t first_counter, int64_t num_counters, uint64_t step, uint64_t seed, uint32_t* words);
 

@@ -135,16 +135,17 @@ CrossEntropy cross_entropy_of(const std::optional<LogitRows>& given) {
           pointer<float>(probability), smoothing, ignore_index};
 }
 
-void cross_entropy_forward_(const Where& where, int dtype, const LogitRows& inputs, int64_t losses, int64_t lse) {
+void cross_entropy_forward_(const Where& where, int dtype, const LogitRows& inputs, int64_t losses,
+                            int64_t normalizer) {
   const On on(where);
-  cross_entropy_forward(cross_entropy_of(inputs), pointer<float>(losses), pointer<float>(lse),
+  cross_entropy_forward(cross_entropy_of(inputs), pointer<float>(losses), pointer<float>(normalizer),
                         static_cast<Dtype>(dtype), on.stream);
 }
 
-void cross_entropy_backward_(const Where& where, int dtype, const LogitRows& inputs, int64_t grad_losses, int64_t lse,
-                             int64_t gradient) {
+void cross_entropy_backward_(const Where& where, int dtype, const LogitRows& inputs, int64_t grad_losses,
+                             int64_t normalizer, int64_t gradient) {
   const On on(where);
-  cross_entropy_backward(cross_entropy_of(inputs), pointer<float>(grad_losses), pointer<float>(lse),
+  cross_entropy_backward(cross_entropy_of(inputs), pointer<float>(grad_losses), pointer<float>(normalizer),
                          pointer<void>(gradient), static_cast<Dtype>(dtype), on.stream);
 }
 

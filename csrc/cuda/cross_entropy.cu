@@ -10,8 +10,8 @@ constexpr int64_t kMaxBlocks = 1 << 20;  // of a launch; more rows than that are
 
 template <typename T, bool kWeighted, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    forward(const __grid_constant__ CrossEntropy inputs, float* losses, float* lse) {
-  forward_rows<T, kWeighted, kSize>(inputs, losses, lse);
+    forward(const __grid_constant__ CrossEntropy inputs, float* losses, float* normalizer) {
+  forward_rows<T, kWeighted, kSize>(inputs, losses, normalizer);
 }
 
 // Sum of q over a row of probabilities; 1 for a class.
@@ -29,7 +29,8 @@ __device__ float sum_of_weights(const CrossEntropy& inputs, int64_t row, int thr
 
 // What a row's gradient is made of.
 struct RowGradient {
-  float grad_loss, lse, sum_of_q;
+  float grad_loss, sum_of_q;
+  device::Normalizer normalizer;
   int64_t target;  // -1 for probabilities
 };
 
@@ -51,21 +52,24 @@ __device__ Pack<T, N> gradient_pack(const CrossEntropy& inputs, int64_t row, int
   for (int i = 0; i < N; ++i) {
     const float x = device::widen(logits.value[i]);
     gradient.value[i] =
-        device::narrow<T>(device::logit_gradient(x, values.lse, q[i], values.sum_of_q) * values.grad_loss);
+        device::narrow<T>(device::logit_gradient(x, values.normalizer, q[i], values.sum_of_q) * values.grad_loss);
   }
   return gradient;
 }
 
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads)
-    backward(const __grid_constant__ CrossEntropy inputs, const float* grad_losses, const float* lse, T* gradient) {
+__global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ CrossEntropy inputs,
+                                                     const float* grad_losses, const float* normalizer, T* gradient) {
   constexpr int kRows = kThreads / kSize;
   constexpr int N = kPackSize<T>;
   const int thread = threadIdx.x % kSize;
   const bool aligned = is_aligned<T>(inputs.logits, inputs.classes, inputs.row_stride);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kSize; row < inputs.rows;
        row += static_cast<int64_t>(gridDim.x) * kRows) {
-    RowGradient values{grad_losses[row], lse[row], sum_of_weights<kSize>(inputs, row, thread), -1};
+    RowGradient values{grad_losses[row],
+                       sum_of_weights<kSize>(inputs, row, thread),
+                       {normalizer[row], normalizer[inputs.rows + row]},
+                       -1};
     if (inputs.index != nullptr) {
       values.target = inputs.index[row];
       const bool ignored = values.target == inputs.ignore_index;
@@ -97,24 +101,25 @@ int64_t blocks_for(const CrossEntropy& inputs) {
 
 }  // namespace
 
-void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* lse, Dtype dtype, cudaStream_t stream) {
+void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* normalizer, Dtype dtype,
+                           cudaStream_t stream) {
   if (inputs.rows == 0) return;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const bool by_warp = rows_of_block(inputs) > 1;
     const auto kernel = is_weighted(inputs) ? (by_warp ? forward<T, true, kWarp> : forward<T, true, kThreads>)
                                             : (by_warp ? forward<T, false, kWarp> : forward<T, false, kThreads>);
-    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, losses, lse);
+    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, losses, normalizer);
   });
 }
 
-void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses, const float* lse, void* gradient,
-                            Dtype dtype, cudaStream_t stream) {
+void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses, const float* normalizer,
+                            void* gradient, Dtype dtype, cudaStream_t stream) {
   if (inputs.rows == 0) return;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = rows_of_block(inputs) > 1 ? backward<T, kWarp> : backward<T, kThreads>;
-    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, grad_losses, lse,
+    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, grad_losses, normalizer,
            static_cast<T*>(gradient));
   });
 }

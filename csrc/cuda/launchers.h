@@ -87,12 +87,13 @@ struct CrossEntropy {
   int64_t ignore_index;
 };
 
-// `lse` may be null.
-void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* lse, Dtype dtype, cudaStream_t stream);
+// `normalizer`, which may be null: the rows' maxima, and after them their log sums of exp(x - maximum).
+void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* normalizer, Dtype dtype,
+                           cudaStream_t stream);
 
 // `gradient`: (rows, classes), contiguous, in the logits' dtype.
-void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses, const float* lse, void* gradient,
-                            Dtype dtype, cudaStream_t stream);
+void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses, const float* normalizer,
+                            void* gradient, Dtype dtype, cudaStream_t stream);
 
 struct Selection {
   const float* loss_before;  // (samples,)

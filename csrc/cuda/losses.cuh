@@ -102,7 +102,7 @@ __device__ float row_loss(const CrossEntropy& inputs, int64_t row, const RowSums
 
 // All rows, shared out between the grid's blocks of threads.
 template <typename T, bool kWeighted, int kSize>
-__device__ void forward_rows(const CrossEntropy& inputs, float* losses, float* lse) {
+__device__ void forward_rows(const CrossEntropy& inputs, float* losses, float* normalizer) {
   constexpr int kRows = kThreads / kSize;
   const int thread = threadIdx.x % kSize;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kSize; row < inputs.rows;
@@ -110,7 +110,10 @@ __device__ void forward_rows(const CrossEntropy& inputs, float* losses, float* l
     const RowSums sums = row_sums<T, kWeighted, kSize>(inputs, row, thread);
     if (thread != 0) continue;
     losses[row] = row_loss<T, kWeighted>(inputs, row, sums);
-    if (lse != nullptr) lse[row] = device::log_sum_exp(sums);
+    if (normalizer == nullptr) continue;
+    const device::Normalizer values = device::normalizer(sums);
+    normalizer[row] = values.max;
+    normalizer[inputs.rows + row] = values.log_sum;
   }
 }
 

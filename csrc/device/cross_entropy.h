@@ -51,9 +51,13 @@ ESAM_HOST_DEVICE RowSums merge(RowSums a, RowSums b) {
   return {max, a.exponentials + b.exponentials, a.weights + b.weights, a.weighted + b.weighted};
 }
 
-ESAM_HOST_DEVICE float log_sum_exp(const RowSums& row) {
-  return fabsf(row.max) == infinity() ? row.max : row.max + logf(row.exponentials);
-}
+// What softmax is rebuilt from. Kept apart: their sum, rounded, would lose the digits of the second beside a large max.
+struct Normalizer {
+  float max;
+  float log_sum;  // log sum exp(x - max)
+};
+
+ESAM_HOST_DEVICE Normalizer normalizer(const RowSums& row) { return {row.max, logf(row.exponentials)}; }
 
 // The target of a row: a class and label smoothing, or probabilities (smoothed as well).
 // q is (1 - smoothing) times the given distribution plus smoothing / classes.
@@ -78,8 +82,8 @@ ESAM_HOST_DEVICE float distribution_loss(const RowSums& row) {
 }
 
 // d loss / d x = softmax(x) sum q - q.
-ESAM_HOST_DEVICE float logit_gradient(float x, float lse, float q, float sum_of_q) {
-  return expf(x - lse) * sum_of_q - q;
+ESAM_HOST_DEVICE float logit_gradient(float x, const Normalizer& row, float q, float sum_of_q) {
+  return expf(x - row.max - row.log_sum) * sum_of_q - q;
 }
 
 }  // namespace esam::device

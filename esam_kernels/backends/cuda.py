@@ -287,26 +287,27 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor]:
     if not _are_rows(logits, target):
         return reference.cross_entropy_forward(logits, target, label_smoothing, ignore_index)
-    losses, lse = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(2))
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    normalizer = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
     inputs, _kept = _logit_rows(logits, target, label_smoothing, ignore_index)
     where = _where(logits.device)
-    _cuda.cross_entropy_forward(where, _DTYPES[logits.dtype], inputs, losses.data_ptr(), lse.data_ptr())
-    return losses, lse
+    _cuda.cross_entropy_forward(where, _DTYPES[logits.dtype], inputs, losses.data_ptr(), normalizer.data_ptr())
+    return losses, normalizer
 
 
 def cross_entropy_backward(
     grad_losses: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
     if not _are_rows(logits, target):
-        return reference.cross_entropy_backward(grad_losses, logits, target, lse, label_smoothing, ignore_index)
+        return reference.cross_entropy_backward(grad_losses, logits, target, normalizer, label_smoothing, ignore_index)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     inputs, _kept = _logit_rows(logits, target, label_smoothing, ignore_index)
-    numbers = [tensor.to(torch.float32).contiguous() for tensor in (grad_losses, lse)]
+    numbers = [tensor.to(torch.float32).contiguous() for tensor in (grad_losses, normalizer)]
     addresses = (*(tensor.data_ptr() for tensor in numbers), gradient.data_ptr())
     _cuda.cross_entropy_backward(_where(logits.device), _DTYPES[logits.dtype], inputs, *addresses)
     return gradient

@@ -160,22 +160,23 @@ def cross_entropy_forward(
     if not _takes(logits, target):
         return reference.cross_entropy_forward(logits, target, label_smoothing, ignore_index)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
-    lse = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
+    normalizer = torch.empty(2, logits.shape[0], dtype=torch.float32, device="cpu")
     index, probability = _index_and_probability(target)
-    _native.cross_entropy_forward(logits.contiguous(), index, probability, label_smoothing, ignore_index, losses, lse)
-    return losses, lse
+    rest = (label_smoothing, ignore_index, losses, normalizer)
+    _native.cross_entropy_forward(logits.contiguous(), index, probability, *rest)
+    return losses, normalizer
 
 
 def cross_entropy_backward(
     grad_losses: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
-    if not _takes(logits, target) or lse.dtype != torch.float32:
-        return reference.cross_entropy_backward(grad_losses, logits, target, lse, label_smoothing, ignore_index)
+    if not _takes(logits, target) or normalizer.dtype != torch.float32:
+        return reference.cross_entropy_backward(grad_losses, logits, target, normalizer, label_smoothing, ignore_index)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     index, probability = _index_and_probability(target)
     _native.cross_entropy_backward(
@@ -183,7 +184,7 @@ def cross_entropy_backward(
         logits.contiguous(),
         index,
         probability,
-        lse.contiguous(),
+        normalizer.contiguous(),
         label_smoothing,
         ignore_index,
         gradient,

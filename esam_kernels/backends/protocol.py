@@ -142,7 +142,7 @@ class Backend(Protocol):
         grad_losses: Tensor,
         logits: Tensor,
         target: Tensor,
-        lse: Tensor,
+        normalizer: Tensor,
         label_smoothing: float,
         ignore_index: int,
     ) -> Tensor: ...

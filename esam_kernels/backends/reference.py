@@ -218,7 +218,7 @@ def restore_adam_(
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exp of (rows, classes) logits, one each a row, in float32 (float64 for float64)."""
+    """Losses (rows,) and ``softmax_normalizer`` (2, rows) of (rows, classes) logits, in float32 (or float64)."""
     x = logits.to(compute_dtype(logits.dtype))
     losses = F.cross_entropy(
         x,
@@ -227,19 +227,29 @@ def cross_entropy_forward(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
-    return losses, torch.logsumexp(x, dim=1)
+    return losses, softmax_normalizer(x)
+
+
+def softmax_normalizer(x: Tensor) -> Tensor:
+    """Each row's maximum and log sum exp(x - maximum), as (2, rows): softmax(x) = exp(x - maximum - log sum).
+
+    They are kept apart because their sum, rounded, would lose the digits of the second beside a large maximum.
+    """
+    maxima = x.detach().amax(dim=1)
+    return torch.stack((maxima, torch.exp(x - maxima[:, None]).sum(dim=1).log()))
 
 
 def cross_entropy_backward(
     grad_losses: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
     """d loss / d logits = sum(q) softmax(logits) - q, where q is the smoothed target distribution; 0 where ignored."""
-    x = logits.to(lse.dtype)
+    x = logits.to(normalizer.dtype)
+    maxima, log_sums = normalizer[:, :, None]
     classes = x.shape[1]
     if target.dtype == torch.int64:
         kept = target != ignore_index
@@ -248,7 +258,7 @@ def cross_entropy_backward(
         kept = torch.ones((), dtype=torch.bool, device=x.device)
         q = target.to(x.dtype)
     q = q * (1 - label_smoothing) + label_smoothing / classes
-    gradient = torch.exp(x - lse[:, None]) * q.sum(dim=1, keepdim=True) - q
+    gradient = torch.exp(x - maxima - log_sums) * q.sum(dim=1, keepdim=True) - q
     return torch.where(kept.unsqueeze(-1), gradient * grad_losses[:, None], 0.0).to(logits.dtype)
 
 

@@ -23,7 +23,7 @@ def _check_devices(**tensors: Tensor) -> None:
     )
 
 
-def _check_cross_entropy(logits: Tensor, target: Tensor) -> None:
+def _check_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> None:
     _check_devices(logits=logits, target=target)
     check(
         logits.dim() == 2 and logits.is_floating_point(),
@@ -37,20 +37,28 @@ def _check_cross_entropy(logits: Tensor, target: Tensor) -> None:
             f"{target.dtype} {tuple(target.shape)} for logits {tuple(logits.shape)}"
         ),
     )
+    check(
+        ignore_index < 0 or not target.is_floating_point(),
+        lambda: (
+            f"ignore_index={ignore_index} names a class, but the target holds class probabilities: leave ignore_index "
+            "out, and give rows that are not to count a target of zeros"
+        ),
+    )
 
 
 def _cross_entropy_forward(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int, backend: str = ""
 ) -> tuple[Tensor, Tensor]:
-    _check_cross_entropy(logits, target)
-    losses, lse = resolve(backend, logits.device).cross_entropy_forward(logits, target, label_smoothing, ignore_index)
-    return losses, lse
+    _check_cross_entropy(logits, target, ignore_index)
+    module = resolve(backend, logits.device)
+    losses, normalizer = module.cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+    return losses, normalizer
 
 
 def _fake_cross_entropy_forward(logits: Tensor, target: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     _check_devices(logits=logits, target=target)
-    dtype = compute_dtype(logits.dtype)
-    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+    rows, dtype = logits.shape[0], compute_dtype(logits.dtype)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty((2, rows), dtype=dtype)
 
 
 cross_entropy_forward = register(
@@ -59,8 +67,10 @@ cross_entropy_forward = register(
     _cross_entropy_forward,
     _fake_cross_entropy_forward,
 )
-"""Per-row losses and log-sum-exp of (rows, classes) logits, float32 (float64 for float64), shape (rows,) each.
+"""Losses (rows,) of (rows, classes) logits, and what softmax is rebuilt from: float32, or float64 for float64.
 
+The second result, (2, rows), holds each row's maximum and log sum exp(x - maximum): softmax is exp(x - maximum - log
+sum), exact to rounding whatever the rows' common offsets. NaN, or any value, where a row has no softmax.
 ``target`` holds class indices, int64 (rows,), or class probabilities, floating point (rows, classes).
 """
 
@@ -69,32 +79,43 @@ def _cross_entropy_backward(
     grad_losses: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     label_smoothing: float,
     ignore_index: int,
     backend: str = "",
 ) -> Tensor:
-    _check_cross_entropy(logits, target)
+    _check_cross_entropy(logits, target, ignore_index)
+    check(
+        tuple(normalizer.shape) == (2, logits.shape[0]),
+        lambda: f"normalizer must have shape (2, {logits.shape[0]}), got {tuple(normalizer.shape)}",
+    )
+    check(
+        tuple(grad_losses.shape) == (logits.shape[0],),
+        lambda: f"grad_losses must have shape ({logits.shape[0]},), got {tuple(grad_losses.shape)}",
+    )
     gradient: Tensor = resolve(backend, logits.device).cross_entropy_backward(
-        grad_losses, logits, target, lse, label_smoothing, ignore_index
+        grad_losses, logits, target, normalizer, label_smoothing, ignore_index
     )
     return gradient
 
 
 cross_entropy_backward = register(
-    "cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor lse, float label_smoothing, "
-    "int ignore_index, *, str backend='') -> Tensor",
+    "cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor target, Tensor normalizer, "
+    "float label_smoothing, int ignore_index, *, str backend='') -> Tensor",
     _cross_entropy_backward,
     lambda grad_losses, logits, *_, **__: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
-"""The gradient of the losses with respect to the logits, contiguous (rows, classes), in the logits' dtype."""
+"""The gradient of the losses with respect to the logits, contiguous (rows, classes), in the logits' dtype.
+
+``normalizer`` is the second result of ``cross_entropy_forward``.
+"""
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-        losses, lse = cross_entropy_forward(logits, target, label_smoothing, ignore_index)
-        return losses, lse
+        losses, normalizer = cross_entropy_forward(logits, target, label_smoothing, ignore_index)
+        return losses, normalizer
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -104,14 +125,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        logits, target, lse = ctx.saved_tensors
+        logits, target, normalizer = ctx.saved_tensors
         arguments = (ctx.label_smoothing, ctx.ignore_index)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             # Somebody wants a second derivative, or many first ones: the reference is made of operators that have them.
-            lse = torch.logsumexp(logits.to(lse.dtype), dim=1)
-            gradient = reference.cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+            normalizer = reference.softmax_normalizer(logits.to(normalizer.dtype))
+            gradient = reference.cross_entropy_backward(grad_losses, logits, target, normalizer, *arguments)
         else:
-            gradient = cross_entropy_backward(grad_losses, logits, target, lse, *arguments)
+            gradient = cross_entropy_backward(grad_losses, logits, target, normalizer, *arguments)
         return gradient, None, None, None
 
 
@@ -198,11 +219,11 @@ def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> li
     return rows
 
 
-def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int) -> None:
+def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int, ignore_index: int) -> None:
     """Losses (b,), or beside a target logits (b, C), of the weights before and after."""
     for name, values in (("before", before), ("after", after)):
         if target is not None and values.dim() == 2:
-            _check_cross_entropy(values, target)
+            _check_cross_entropy(values, target, ignore_index)
             continue
         check(
             values.dim() == 1 and values.is_floating_point(),
@@ -231,7 +252,7 @@ def _select_gather(
 
     The looks are losses (b,), or beside a ``target`` logits (b, C).
     """
-    _check_looks(before, after, target, k)
+    _check_looks(before, after, target, k, ignore_index)
     _check_rows(tensors)
     module = resolve(backend, after.device)
     if module.losses_select_gather is not None:

@@ -127,8 +127,8 @@ def test_real_launches_bind_and_compile(monkeypatch):
     kernels.restore_adam_(w, g, g, m, v, [], steps, 0.1, None, 0.9, 0.99, 1e-8, 1e-4, False, False, True)
     for classes in (1000, 20000):
         logits, target = torch.randn(8, classes), torch.randint(9, (8,))
-        losses, lse = kernels.cross_entropy_forward(logits, target, 0.0, -100)
-        kernels.cross_entropy_backward(losses, logits, target, lse, 0.1, -100)
+        losses, normalizer = kernels.cross_entropy_forward(logits, target, 0.0, -100)
+        kernels.cross_entropy_backward(losses, logits, target, normalizer, 0.1, -100)
         kernels.cross_entropy_forward(logits, torch.softmax(logits, 1), 0.0, -100)
     kernels.select(torch.randn(100), torch.randn(100), 5)
     kernels.gather([torch.randn(8, 3, 4, 4), torch.arange(8)], torch.tensor([1, 2]))

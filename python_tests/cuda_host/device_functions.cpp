@@ -59,9 +59,11 @@ void row_sums(const float* x, const float* q, int64_t n, int64_t split, float* s
     add(parts[i >= split], logit, q + i);
   }
   const RowSums row = merge(parts[0], parts[1]);
-  sums[0] = log_sum_exp(row);
-  sums[1] = row.weights;
-  sums[2] = distribution_loss(row);
+  const Normalizer values = normalizer(row);
+  sums[0] = values.max;
+  sums[1] = values.log_sum;
+  sums[2] = row.weights;
+  sums[3] = distribution_loss(row);
 }
 
 }  // extern "C"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import operator_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_entropy_checks import OFFSETS, check_gradient_at_offset, check_zero_probability_at_a_masked_logit
 
 from esam_kernels import ESAM, backends, cross_entropy, ops
 from esam_kernels.backends import reference
@@ -104,6 +107,18 @@ def test_cross_entropy_of_rows_anywhere(backend, device, dtype):
 
 def test_cross_entropy_of_extremes(backend, device):
     checks.check_cross_entropy_extremes(backend, device)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_gradients_do_not_depend_on_what_the_logits_have_in_common(backend, dtype, kind):
+    for offset, classes, smoothing in itertools.product(OFFSETS, (33, 2500), (0.0, 0.1)):
+        check_gradient_at_offset(backend, offset, dtype, kind, smoothing, classes)
+
+
+@pytest.mark.parametrize("classes", [3, 8, 2500])
+def test_a_probability_of_zero_at_a_masked_logit(backend, classes):
+    check_zero_probability_at_a_masked_logit(backend, classes)
 
 
 @in_both_orders

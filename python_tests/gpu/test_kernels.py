@@ -7,6 +7,7 @@ import itertools
 import operator_checks as checks
 import pytest
 import torch
+from cross_entropy_checks import OFFSETS, check_gradient_at_offset, check_zero_probability_at_a_masked_logit
 
 from esam_kernels.doctor import self_check
 
@@ -93,6 +94,19 @@ def test_cross_entropy_of_extremes(backend, backend_name, device):
     if backend_name == "reference":
         pytest.skip("it refuses classes out of range on the CPU")
     checks.check_cross_entropy_extremes(backend, device)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("classes", [33, 2500, 20_000])
+def test_gradients_do_not_depend_on_what_the_logits_have_in_common(backend, device, dtype, kind, classes):
+    for offset, smoothing in itertools.product(OFFSETS, (0.0, 0.1)):
+        check_gradient_at_offset(backend, offset, dtype, kind, smoothing, classes, device)
+
+
+@pytest.mark.parametrize("classes", [3, 8, 2500, 20_000])
+def test_a_probability_of_zero_at_a_masked_logit(backend, device, classes):
+    check_zero_probability_at_a_masked_logit(backend, classes, device)
 
 
 @dtypes

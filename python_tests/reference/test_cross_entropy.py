@@ -6,9 +6,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_entropy_checks import OFFSETS, check_gradient_at_offset, check_zero_probability_at_a_masked_logit
 from torch.autograd import forward_ad
 
-from esam_kernels import cross_entropy, select, selection
+from esam_kernels import cross_entropy, ops, select, selection
+from esam_kernels.backends import reference
 
 CLASSES = 5
 
@@ -309,3 +311,39 @@ def test_tensors_on_different_devices_are_refused():
         cross_entropy(logits, target.to("meta"))
     with pytest.raises(ValueError, match="different devices: loss_before on cpu, loss_after on meta"):
         select(logits[:, 0], logits[:, 0].to("meta"), 2)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_do_not_depend_on_what_the_logits_have_in_common(dtype, kind, label_smoothing):
+    for offset in OFFSETS:
+        check_gradient_at_offset(reference, offset, dtype, kind, label_smoothing, 33)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_by_way_of_autograd_at_an_offset(offset, create_graph):
+    logits, target = logits_and_target((6, CLASSES), torch.float32)
+    x = (logits + offset).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(torchs(exact, target).sum(), exact)
+    (gradient,) = torch.autograd.grad(cross_entropy(x, target).sum(), x, create_graph=create_graph)
+    torch.testing.assert_close(gradient.detach().double(), expected, rtol=2e-6, atol=4e-7)
+
+
+def test_a_probability_of_zero_at_a_masked_logit():
+    check_zero_probability_at_a_masked_logit(reference, classes=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_class_probabilities_have_no_class_to_ignore(dtype):
+    logits, target = torch.randn(4, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype).softmax(dim=1)
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        torchs(logits, target, ignore_index=1)
+    with pytest.raises(ValueError, match="ignore_index=1 names a class, but the target holds class probabilities"):
+        cross_entropy(logits, target, ignore_index=1)
+    with pytest.raises(ValueError, match="ignore_index=0 names a class"):
+        ops.cross_entropy_forward(logits, target, 0.0, 0)
+    with pytest.raises(ValueError, match="ignore_index=2 names a class"):
+        ops.select_gather(logits, logits, [logits], 2, target, 0.0, 2)

@@ -29,7 +29,7 @@ def samples():
     scale = torch.tensor([0.1], dtype=torch.float64)
     random_state = torch.tensor([1, 2, 2**31])
     logits, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
-    losses, lse = ops.cross_entropy_forward(logits, target, 0.1, -100)
+    losses, normalizer = ops.cross_entropy_forward(logits, target, 0.1, -100)
     perturb = ([0, 0], [0, 12], partials, scale, [True], 0.1, 1.5, 1e-12)
     return {
         "norm_partials": (*blocks(), [0, 1], [False, True], 0.1),
@@ -50,7 +50,7 @@ def samples():
         ),
         "cross_entropy_forward": (logits, target, 0.1, -100),
         "cross_entropy_forward of probabilities": (logits.half(), logits.softmax(1), 0.1, -100),
-        "cross_entropy_backward": (losses, logits, target, lse, 0.1, -100),
+        "cross_entropy_backward": (losses, logits, target, normalizer, 0.1, -100),
         "select": (losses, torch.rand(6), 3),
         "select_gather": (losses, torch.rand(6), [logits, target], 3),
         "select_gather of logits": (losses, logits, [logits, torch.randn(6, 3, 2, 2)], 3, target, 0.1, 2),

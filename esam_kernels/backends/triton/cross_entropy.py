@@ -1,4 +1,4 @@
-"""Per-row cross-entropy losses, their log-sum-exp, and the gradient with respect to the logits.
+"""Per-row cross-entropy losses, what softmax is rebuilt from, and the gradient with respect to the logits.
 
 Rows of up to MAX_TILE_CLASSES classes are read once, as (ROWS, BLOCK) tiles. Longer rows are walked in blocks, with a
 maximum and a sum for each lane that are combined at the end. A class index outside the row, other than
@@ -66,10 +66,16 @@ def smoothed_target(
     return tl.where(mask, q + label_smoothing / classes, 0.0)
 
 
+@triton.jit
+def moved_sum(q_logits, q_sums, old, new):
+    """sum q (x - new) out of sum q (x - old). An ``old`` of -inf: nothing that counts has been seen."""
+    return tl.where(old == -float("inf"), q_logits, q_logits + q_sums * (old - new))
+
+
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def forward_tile_kernel(
     losses_ptr,
-    lse_ptr,
+    normalizer_ptr,
     logits_ptr,
     target_ptr,
     rows,
@@ -84,7 +90,7 @@ def forward_tile_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
+    COMPUTE: tl.constexpr = normalizer_ptr.dtype.element_ty
     label_smoothing = float64(label_smoothing).to(COMPUTE)
     classes = classes // VECTOR * VECTOR
     logits_stride = logits_stride // VECTOR * VECTOR
@@ -112,14 +118,15 @@ def forward_tile_kernel(
         q = smoothed_target(target_ptr, row, target_stride, column, mask, index, classes, label_smoothing, INDICES)
         loss = tl.sum(q * surprise, axis=1, keep_dims=True)
     tl.store(losses_ptr + row, loss, mask=in_rows)
-    tl.store(lse_ptr + row, largest + log_sum, mask=in_rows)
+    tl.store(normalizer_ptr + row, largest, mask=in_rows)
+    tl.store(normalizer_ptr + rows + row, log_sum, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def backward_tile_kernel(
     gradient_ptr,
     grad_losses_ptr,
-    lse_ptr,
+    normalizer_ptr,
     logits_ptr,
     target_ptr,
     rows,
@@ -134,7 +141,7 @@ def backward_tile_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
+    COMPUTE: tl.constexpr = normalizer_ptr.dtype.element_ty
     label_smoothing = float64(label_smoothing).to(COMPUTE)
     classes = classes // VECTOR * VECTOR
     logits_stride = logits_stride // VECTOR * VECTOR
@@ -144,12 +151,13 @@ def backward_tile_kernel(
     in_rows = row < rows
     mask = in_rows & (column < classes)
     x = widen(tl.load(logits_ptr + row * logits_stride + column, mask=mask, other=-float("inf")), COMPUTE)
-    lse = tl.load(lse_ptr + row, mask=in_rows, other=0)
+    largest = tl.load(normalizer_ptr + row, mask=in_rows, other=0)
+    log_sum = tl.load(normalizer_ptr + rows + row, mask=in_rows, other=0)
     grad_loss = widen(tl.load(grad_losses_ptr + row * grad_stride, mask=in_rows, other=0), COMPUTE)
     index, counted, named = row_index(target_ptr, row, target_stride, in_rows, classes, ignore_index, INDICES)
     q = smoothed_target(target_ptr, row, target_stride, column, mask, index, classes, label_smoothing, INDICES)
     total = tl.sum(q, axis=1, keep_dims=True)
-    gradient = (exp(x - lse) * total - q) * tl.where(named, grad_loss, float("nan"))
+    gradient = (exp(x - largest - log_sum) * total - q) * tl.where(named, grad_loss, float("nan"))
     gradient = tl.where(counted, gradient, 0.0)
     tl.store(gradient_ptr + row * classes + column, narrow(gradient, gradient_ptr.dtype.element_ty), mask=mask)
 
@@ -157,7 +165,7 @@ def backward_tile_kernel(
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def forward_row_kernel(
     losses_ptr,
-    lse_ptr,
+    normalizer_ptr,
     logits_ptr,
     target_ptr,
     rows,
@@ -171,7 +179,7 @@ def forward_row_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
+    COMPUTE: tl.constexpr = normalizer_ptr.dtype.element_ty
     label_smoothing = float64(label_smoothing).to(COMPUTE)
     classes = classes // VECTOR * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -192,27 +200,29 @@ def forward_row_kernel(
         larger = tl.maximum(largest, tl.max(x, axis=1))
         base = tl.where(larger == -float("inf"), 0.0, larger)
         sums = sums * exp(largest - base) + tl.sum(exp(x - base[:, None]), axis=1)
-        largest = larger
         if SMOOTHED or not INDICES:
             q = smoothed_target(target_ptr, row, target_stride, column, mask, index, classes, label_smoothing, INDICES)
+            q_logits = moved_sum(q_logits, q_sums, largest, base)
             q_sums += tl.sum(q, axis=1)
-            q_logits += tl.sum(tl.where(mask, q * x, 0.0), axis=1)
+            q_logits += tl.sum(tl.where(mask, q * (x - base[:, None]), 0.0), axis=1)
+        largest = larger
     top = tl.max(largest, axis=0)
     top = tl.where(top == -float("inf"), 0.0, top)
     log_sum = tl.log(tl.sum(sums * exp(largest - top), axis=0))
     if SMOOTHED or not INDICES:
-        loss = (top + log_sum) * tl.sum(q_sums, axis=0) - tl.sum(q_logits, axis=0)
+        loss = log_sum * tl.sum(q_sums, axis=0) - tl.sum(moved_sum(q_logits, q_sums, largest, top), axis=0)
     else:
         loss = top - widen(tl.load(row_ptr + index, mask=named, other=0), COMPUTE) + log_sum
     tl.store(losses_ptr + row, tl.where(counted, tl.where(named, loss, float("nan")), 0.0))
-    tl.store(lse_ptr + row, top + log_sum)
+    tl.store(normalizer_ptr + row, top)
+    tl.store(normalizer_ptr + rows + row, log_sum)
 
 
 @triton.jit(do_not_specialize=SCALAR_ARGUMENTS)
 def backward_row_kernel(
     gradient_ptr,
     grad_losses_ptr,
-    lse_ptr,
+    normalizer_ptr,
     logits_ptr,
     target_ptr,
     rows,
@@ -226,7 +236,7 @@ def backward_row_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = lse_ptr.dtype.element_ty
+    COMPUTE: tl.constexpr = normalizer_ptr.dtype.element_ty
     label_smoothing = float64(label_smoothing).to(COMPUTE)
     classes = classes // VECTOR * VECTOR
     row = tl.program_id(0).to(tl.int64)
@@ -244,14 +254,14 @@ def backward_row_kernel(
                 target_ptr, row, target_stride, column, mask, index, classes, label_smoothing, INDICES
             )
         total = tl.sum(q_sums, axis=0)
-    lse = tl.load(lse_ptr + row)
+    largest, log_sum = tl.load(normalizer_ptr + row), tl.load(normalizer_ptr + rows + row)
     grad_loss = tl.where(named, widen(tl.load(grad_losses_ptr + row * grad_stride), COMPUTE), float("nan"))
     for start in range(0, classes, BLOCK):
         column = start + lane
         mask = column < classes
         x = widen(tl.load(row_ptr + column, mask=mask, other=-float("inf")), COMPUTE)
         q = smoothed_target(target_ptr, row, target_stride, column, mask, index, classes, label_smoothing, INDICES)
-        gradient = tl.where(counted, (exp(x - lse) * total - q) * grad_loss, 0.0)
+        gradient = tl.where(counted, (exp(x - largest - log_sum) * total - q) * grad_loss, 0.0)
         tl.store(gradient_ptr + row * classes + column, narrow(gradient, gradient_ptr.dtype.element_ty), mask=mask)
 
 
@@ -289,9 +299,10 @@ def cross_entropy_forward(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
-    losses, lse = torch.empty(2, rows, dtype=compute_dtype(logits.dtype), device=logits.device)
+    memory = torch.empty(3, rows, dtype=compute_dtype(logits.dtype), device=logits.device)
+    losses, normalizer = memory[0], memory[1:]
     if rows == 0:
-        return losses, lse
+        return losses, normalizer
     indices = not target.is_floating_point()
     logits = unit_stride(logits)
     target = target if indices else unit_stride(target)
@@ -300,7 +311,7 @@ def cross_entropy_forward(
     with on(logits.device):
         kernel[launch.grid](
             losses,
-            lse,
+            normalizer,
             logits,
             target,
             rows,
@@ -315,14 +326,14 @@ def cross_entropy_forward(
             num_warps=launch.num_warps,
             **launch.shape,
         )
-    return losses, lse
+    return losses, normalizer
 
 
 def cross_entropy_backward(
     grad_losses: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
@@ -339,7 +350,7 @@ def cross_entropy_backward(
         kernel[launch.grid](
             gradient,
             grad_losses,
-            lse.contiguous(),
+            normalizer.contiguous(),
             logits,
             target,
             rows,
