@@ -91,7 +91,8 @@ std::vector<float*> step_counters(const py::list& steps) {
   std::vector<float*> result;
   for (const py::handle step : steps) {
     const at::Tensor& tensor = unpack(step);
-    if (!tensor.device().is_cpu() || tensor.scalar_type() != at::kFloat || tensor.numel() != 1) return {};
+    const bool ok = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
+    if (!ok || tensor.layout() != at::kStrided || !has_memory(tensor)) return {};
     result.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
   }
   return result;
@@ -99,8 +100,8 @@ std::vector<float*> step_counters(const py::list& steps) {
 
 bool restore_adam(const py::list& params, const py::list& backups, const py::list& grads, const py::list& exp_avgs,
                   const py::list& exp_avg_sqs, const py::list& max_exp_avg_sqs, const py::list& steps, double lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool amsgrad, bool maximize,
-                  bool decoupled_weight_decay) {
+                  bool lr_is_float32, double beta1, double beta2, double eps, double weight_decay, bool amsgrad,
+                  bool maximize, bool decoupled_weight_decay) {
   TensorReader reader;
   const Blocks w = reader.write(params), b = reader.read(backups), g = reader.read(grads);
   const Blocks m = reader.write(exp_avgs), v = reader.write(exp_avg_sqs);
@@ -110,6 +111,7 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
   py::gil_scoped_release release;
   cpu::AdamScalars scalars{};
   scalars.lr = lr;
+  scalars.lr_is_float32 = lr_is_float32;
   scalars.beta1 = beta1;
   scalars.beta2 = beta2;
   scalars.eps = eps;
@@ -123,7 +125,13 @@ bool restore_adam(const py::list& params, const py::list& backups, const py::lis
 // Rows of contiguous logits. Throws an IndexError, as torch does, where a class index is out of range.
 cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::object& index,
                                          const py::object& probability, double label_smoothing, int64_t ignore_index) {
-  if (logits.const_data_ptr() == nullptr) throw py::value_error("the logits have no memory");
+  const auto dtype = supported_dtype(logits);
+  const bool fits = logits.device().is_cpu() && logits.layout() == at::kStrided && logits.dim() == 2 &&
+                    logits.is_contiguous() && logits.size(1) > 0 && dtype && *dtype != cpu::kFloat64;
+  if (!fits) throw py::value_error("logits must be contiguous (rows, classes) on the CPU, of 32 or 16 bits");
+  if (!has_memory(logits)) throw py::value_error("the logits have no memory");
+  if (index.is_none() == probability.is_none())
+    throw py::value_error("give class indices or probabilities, one of them");
   const cpu::CrossEntropyRows rows{logits.const_data_ptr(),
                                    data_or_null<const int64_t>(index, logits.size(0)),
                                    data_or_null<const float>(probability, logits.numel()),
@@ -154,7 +162,11 @@ void cross_entropy_backward(const py::object& grad_losses, const py::object& log
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
   const float* const upstream = data<const float>(grad_losses, x.size(0));
   const float* const normalizer_in = data<const float>(normalizer, 2 * x.size(0));
-  void* const out = unpack(grad_logits).mutable_data_ptr();
+  const at::Tensor& gradient = unpack(grad_logits);
+  const bool fits = gradient.device().is_cpu() && gradient.scalar_type() == x.scalar_type() &&
+                    gradient.is_contiguous() && gradient.numel() == x.numel() && has_memory(gradient);
+  if (!fits) throw py::value_error("grad_logits must be contiguous, with the logits' dtype and size");
+  void* const out = gradient.mutable_data_ptr();
   py::gil_scoped_release release;
   cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, normalizer_in, out);
 }
@@ -162,6 +174,7 @@ void cross_entropy_backward(const py::object& grad_losses, const py::object& log
 // Both losses are contiguous and float32, or both are float64.
 void select(const py::object& loss_before, const py::object& loss_after, int64_t k, const py::object& indices) {
   const int64_t samples = unpack(loss_before).numel();
+  if (k < 1 || k > samples) throw py::value_error("k must lie in [1, " + std::to_string(samples) + "]");
   int64_t* const out = data<int64_t>(indices, k);
   if (unpack(loss_before).scalar_type() == at::kDouble) {
     cpu::select(data<const double>(loss_before, samples), data<const double>(loss_after, samples), samples, k, out);
@@ -172,24 +185,30 @@ void select(const py::object& loss_before, const py::object& loss_after, int64_t
 
 bool is_plain(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_neg() &&
-         !tensor.is_conj() && tensor.is_non_overlapping_and_dense();
+         !tensor.is_conj() && !tensor.is_quantized() && tensor.is_non_overlapping_and_dense();
 }
 
 // `destinations` hold the rows in the same order of memory as the sources, the batch outermost.
 bool gather(const py::list& sources, const py::list& destinations, const py::object& indices) {
   const int64_t count = unpack(indices).numel();
   const int64_t* const index = data<const int64_t>(indices, count);
+  if (destinations.size() != sources.size()) throw py::value_error("as many destinations as sources are needed");
   std::vector<cpu::Rows> from;
   std::vector<char*> to;
   for (size_t i = 0; i < sources.size(); ++i) {
     const at::Tensor& source = unpack(sources[i]);
+    if (source.dim() == 0 || source.size(0) == 0 || !is_plain(source)) return false;
     const int64_t rows = source.size(0);
-    if (!is_plain(source) || rows == 0) return false;
+    if (!has_memory(source)) throw py::value_error("a tensor to gather from has no memory");
+    const at::Tensor& destination = unpack(destinations[i]);
+    const bool fits = is_plain(destination) && destination.scalar_type() == source.scalar_type() &&
+                      destination.numel() == source.numel() / rows * count && has_memory(destination);
+    if (!fits) throw py::value_error("a destination does not have the dtype and size of the rows that it takes");
     const auto outside = [rows](int64_t row) { return row < 0 || row >= rows; };
     if (std::any_of(index, index + count, outside)) throw py::index_error("index out of range in self");
     from.push_back({static_cast<const char*>(source.const_data_ptr()), rows,
                     source.numel() / rows * static_cast<int64_t>(source.element_size())});
-    to.push_back(static_cast<char*>(unpack(destinations[i]).mutable_data_ptr()));
+    to.push_back(static_cast<char*>(destination.mutable_data_ptr()));
   }
   py::gil_scoped_release release;
   for (size_t i = 0; i < from.size(); ++i) cpu::gather(from[i], index, count, to[i]);

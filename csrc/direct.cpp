@@ -36,12 +36,13 @@ constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::Dispatch
 
 // Whether a tensor is a dense one on the CPU and nothing else: no wrapper, no dual number.
 bool is_plain(const at::Tensor& tensor) {
-  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj()) {
+  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj() ||
+      tensor.is_quantized()) {
     return false;
   }
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has_any(kWrappers) || keys.highestPriorityTypeId() > c10::DispatchKey::AutocastCPU) return false;
-  return !tensor._fw_grad(0).defined() && (tensor.numel() == 0 || tensor.const_data_ptr() != nullptr);
+  return !tensor._fw_grad(0).defined() && has_memory(tensor);
 }
 
 // The tensor, if it is a plain one and of no subclass.
@@ -74,6 +75,20 @@ at::Tensor differentiable_gradient(const at::Tensor& grad_losses, const at::Tens
   return at::where(counted, gradient, 0.0).to(logits.scalar_type());
 }
 
+// What was saved may have been written to or swapped behind autograd's back since: nothing may be read or written out
+// of bounds then.
+void check_saved(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& normalizer,
+                 int64_t ignore_index) {
+  const auto dtype = supported_dtype(logits);
+  const int64_t count = logits.dim() == 2 ? logits.size(0) : -1;
+  const bool fits = dtype && *dtype != cpu::kFloat64 && count >= 0 && target.scalar_type() == at::kLong &&
+                    target.numel() == count && normalizer.scalar_type() == at::kFloat &&
+                    normalizer.numel() == 2 * count && is_plain(logits) && is_plain(target) && is_plain(normalizer);
+  TORCH_CHECK_VALUE(fits, "cross_entropy: what it saved for its backward has changed in dtype or size, or was freed");
+  const int64_t* const wrong = cpu::out_of_range(rows_of(logits, target, 0, ignore_index), count);
+  TORCH_CHECK_INDEX(wrong == nullptr, "Target ", wrong == nullptr ? 0 : *wrong, " is out of bounds.");
+}
+
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
@@ -103,6 +118,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       gradient = differentiable_gradient(grad_outputs[0], logits, target, label_smoothing, ignore_index);
     } else {
       const at::Tensor upstream = grad_outputs[0].to(at::kFloat).contiguous();
+      check_saved(logits, target, normalizer, ignore_index);
       gradient = at::empty_like(logits, logits.options().requires_grad(false));
       cpu::cross_entropy_backward(*supported_dtype(logits), rows_of(logits, target, label_smoothing, ignore_index),
                                   logits.size(0), upstream.const_data_ptr<float>(), normalizer.const_data_ptr<float>(),

@@ -141,11 +141,16 @@ py::list are_held_alone(const py::list& tensors, Py_ssize_t expected_objects, si
   return result;
 }
 
-// Whether each is a torch.Tensor or a torch.nn.Parameter, and no subclass of them.
+// Bits of a tensor by which its values are not those in its memory; torch's dispatcher resolves them.
+constexpr c10::DispatchKeySet kLazyBits({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                         c10::DispatchKey::ZeroTensor});
+
+// Whether each is a torch.Tensor or a torch.nn.Parameter, no subclass of them, and holds in memory what it says.
 bool are_exact(const py::list& tensors) {
   const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    if (!THPVariable_CheckExact(PyList_GET_ITEM(tensors.ptr(), i))) return false;
+    PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!THPVariable_CheckExact(object) || THPVariable_Unpack(object).key_set().has_any(kLazyBits)) return false;
   }
   return true;
 }

@@ -79,6 +79,15 @@ class TensorReader {
   std::vector<cpu::Block> shapes_;
 };
 
+// Whether the storage has all the bytes that the tensor's shape and strides reach: it may have been freed or cut.
+inline bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t last = tensor.storage_offset();
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return tensor.has_storage() && tensor.storage().data() != nullptr &&
+         static_cast<int64_t>(tensor.storage().nbytes()) >= (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
 // One tensor. Throws a TypeError for anything else.
 inline const at::Tensor& unpack(const pybind11::handle& object) {
   if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("expected a torch.Tensor");
@@ -92,7 +101,7 @@ inline T* data(const pybind11::handle& object, int64_t numel) {
   const bool fits = tensor.scalar_type() == c10::CppTypeToScalarType<std::remove_const_t<T>>::value &&
                     tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
   if (!fits) throw pybind11::value_error("expected a contiguous CPU tensor of another dtype or length");
-  if (tensor.numel() > 0 && tensor.const_data_ptr() == nullptr) throw pybind11::value_error("a tensor has no memory");
+  if (!has_memory(tensor)) throw pybind11::value_error("a tensor has no memory");
   if constexpr (std::is_const_v<T>) {
     return static_cast<T*>(tensor.const_data_ptr());
   } else {

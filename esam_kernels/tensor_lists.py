@@ -72,8 +72,13 @@ def _drop_gradients(params: list[Tensor]) -> None:
 
 
 def _are_exact(tensors: list[Tensor]) -> bool:
-    """Whether each is a tensor or a parameter of torch's own, of no subclass."""
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    """Whether each is a tensor or a parameter of torch's own, of no subclass, and holds in memory what it says."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not _is_lazy(tensor) for tensor in tensors)
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether a bit of the tensor negates or conjugates its memory, or it has none: the dispatcher resolves that."""
+    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
 
 
 def _are_same(one: list[Tensor], other: list[Tensor]) -> bool:

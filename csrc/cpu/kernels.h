@@ -31,6 +31,7 @@ struct AdamScalars {
   double lr, beta1, beta2, eps, weight_decay;
   double step_size, bias_correction2_sqrt;
   bool maximize, decoupled_weight_decay;
+  bool lr_is_float32 = false;  // torch then computes what it derives from lr alone in float32
   bool streams = false;
 };
 

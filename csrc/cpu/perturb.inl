@@ -76,7 +76,7 @@ void perturb_with(T* param, const T* grad, T* backup, int64_t n, int64_t element
   const ElementMask& mask = *scalars.mask;
   for_each_block_ahead(param, grad, n, [=](int64_t i, int64_t size) __attribute__((always_inline)) {
     alignas(64) uint32_t words[kPerturbBlock];
-    philox_block(static_cast<uint64_t>(element + i) / 4, mask.step, mask.seed, words);
+    philox_block(static_cast<uint64_t>((element + i) >> 2), mask.step, mask.seed, words);
     perturb_drawn<T, kAdaptive>(param + i, grad + i, backup + i, size, factor, eta, words, mask.bound);
   });
 }

@@ -94,7 +94,9 @@ void restore_adam(const Blocks& params, const Blocks& backups, const Blocks& gra
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = *steps[i] += 1;
     of_tensor[i].streams = streams;
-    of_tensor[i].step_size = scalars.lr / (1 - std::pow(scalars.beta1, step));
+    const double correction1 = 1 - std::pow(scalars.beta1, step);
+    of_tensor[i].step_size = scalars.lr_is_float32 ? static_cast<float>(scalars.lr) / static_cast<float>(correction1)
+                                                   : scalars.lr / correction1;
     of_tensor[i].bias_correction2_sqrt = std::pow(1 - std::pow(scalars.beta2, step), 0.5);
   }
   const Kernels& isa = kernels();

@@ -84,7 +84,9 @@ void adam_with(const AdamPointers& pointers, int64_t n, const AdamScalars& scala
 
   const C sign = scalars.maximize ? -1 : 1;
   const C l2 = addition_scalar<T>(scalars.decoupled_weight_decay ? 0 : scalars.weight_decay);
-  const C shrink = static_cast<C>(scalars.decoupled_weight_decay ? 1 - scalars.lr * scalars.weight_decay : 1);
+  const double decay = scalars.decoupled_weight_decay ? scalars.weight_decay : 0;
+  const float decay_of_tensor = static_cast<float>(scalars.lr) * static_cast<float>(decay);
+  const C shrink = static_cast<C>(scalars.lr_is_float32 ? 1 - decay_of_tensor : 1 - scalars.lr * decay);
   const C weight1 = static_cast<C>(1 - scalars.beta1);
   const C beta2 = static_cast<C>(scalars.beta2), weight2 = static_cast<C>(1 - scalars.beta2);
   const C eps = addition_scalar<T>(scalars.eps), correction = static_cast<C>(scalars.bias_correction2_sqrt);

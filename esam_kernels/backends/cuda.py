@@ -336,7 +336,7 @@ def _gather(
     gathered: list[Tensor | None] = [None] * len(tensors)
     rows = []
     for i, tensor in enumerate(tensors):
-        if tensor.device == indices.device and _rows_are_dense(tensor):
+        if tensor.device == indices.device and not tensor.is_quantized and _rows_are_dense(tensor):
             taken = torch.empty_strided(
                 (k, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )

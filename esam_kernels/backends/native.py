@@ -135,7 +135,11 @@ def restore_adam_(
 ) -> None:
     tensors = (params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     rest = (beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay)
-    if not _native.restore_adam(*tensors, lr if lr_tensor is None else lr_tensor.item(), *rest):
+    # torch divides a rate that is a tensor in the tensor's own dtype
+    in_float32 = lr_tensor is not None and lr_tensor.dtype == torch.float32
+    takes_rate = lr_tensor is None or in_float32 or lr_tensor.dtype == torch.float64
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    if not (takes_rate and _native.restore_adam(*tensors, rate, in_float32, *rest)):
         reference.restore_adam_(*tensors, lr, lr_tensor, *rest)
 
 
@@ -201,6 +205,8 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
 
 def _empty_rows(tensor: Tensor, count: int) -> Tensor | None:
     """Room for ``count`` rows in the memory format of ``tensor``; None where its rows are not whole in memory."""
+    if tensor.is_quantized:
+        return None
     if tensor.is_contiguous():
         return tensor.new_empty((count, *tensor.shape[1:]))
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

@@ -50,10 +50,12 @@ def _is_plain(argument: Any) -> bool:
     kind = type(argument)
     if kind is list:
         return not argument or not isinstance(argument[0], Tensor) or are_exact(argument)
-    return kind in _PLAIN
+    if kind in (Tensor, torch.nn.Parameter):
+        return are_exact([argument])
+    return kind in _NUMBERS
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, int, float, bool, type(None))
+_NUMBERS = (int, float, bool, type(None))
 
 
 def _nobody_looks_on() -> bool:

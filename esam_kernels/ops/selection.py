@@ -188,6 +188,10 @@ Ties go to the lower index, NaN ranks last, -0.0 equals 0.0. Nothing waits for t
 def _check_rows(tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
+        check(
+            tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0,
+            lambda: f"the memory of tensors[{i}] was freed: its storage has no bytes",
+        )
 
 
 def _gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:

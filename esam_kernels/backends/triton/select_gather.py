@@ -164,6 +164,7 @@ def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
         or indices.device != tensor.device
         or order[0] != 0
         or not rows_in_front[0].is_contiguous()
+        or tensor.is_quantized
         or tensor.is_conj()
         or tensor.is_neg()
     ):
