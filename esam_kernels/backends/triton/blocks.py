@@ -1,8 +1,9 @@
 """Tables through which one launch walks over many tensors, and how a kernel reads and writes their blocks.
 
 A streaming kernel sees lists of dense tensors as two int64 tables: the addresses (a row for each list), and the
-layout, which says where each tensor is cut into blocks. Addresses of gradients change often and the layout does not,
-so they are cached apart. A program takes every ``tl.num_programs(0)``-th block.
+layout, which says at which block each tensor begins. Both have one column a tensor, whatever its size. Addresses of
+gradients change often and the layout does not, so they are cached apart. A program takes every
+``tl.num_programs(0)``-th block and searches for the tensor that it lies in.
 
 A block that lies inside its tensor, with all its pointers 16-byte aligned, is read and written in 128-bit accesses
 without a mask. Everything else (tails, views such as ``t[1:]``) is masked exactly and accessed element by element, in
@@ -28,18 +29,19 @@ NUM_WARPS = 4
 MASKED_BLOCK = tl.constexpr(512)  # elements: small, so that the masked path does not cost the other one registers
 BLOCK_BYTES = 8192  # four 128-bit accesses a thread and list: enough in flight at half occupancy to fill HBM3
 MAX_PROGRAMS = NUM_PARTIALS  # about eight programs a multiprocessor on H100 and B200; a slot of the norm for each
-TABLES_KEPT = 256  # a few KiB each
+TABLES_KEPT = 64  # a few KiB each; a step has some ten, and a draw of tensors (mask="tensor") hardly ever comes again
 
 # Rows of the address table.
 ALIGNMENT = tl.constexpr(0)
 FIRST_LIST = tl.constexpr(1)
 
-# Rows of the layout in front of the block list.
+# Rows of the layout.
 NUMEL = tl.constexpr(0)
 OFFSET = tl.constexpr(1)
 GROUP = tl.constexpr(2)
 ADAPTIVE = tl.constexpr(3)
-LAYOUT_ROWS = tl.constexpr(4)
+FIRST_BLOCK = tl.constexpr(4)
+LAYOUT_ROWS = tl.constexpr(5)
 
 # Rounding is torch's, operation by operation: products and sums are fused only where torch fuses them.
 LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
@@ -106,11 +108,12 @@ def table(
     layout_key = (*where, block, numels, tuple(offsets), tuple(groups), tuple(adaptive))
     if capturing(device):
         # A graph reads its tables at every replay: they must neither be shared with eager code nor ever be freed.
-        uploaded, layout = _addresses.__wrapped__(*address_key), _layout.__wrapped__(*layout_key)
+        uploaded, (layout, num_blocks) = _addresses.__wrapped__(*address_key), _layout.__wrapped__(*layout_key)
         _captured.extend((uploaded, layout))
     else:
-        uploaded, layout = _addresses(*address_key), _layout(*layout_key)
-    num_blocks = (len(layout) - LAYOUT_ROWS.value * len(params)) // 2
+        uploaded, (layout, num_blocks) = _addresses(*address_key), _layout(*layout_key)
+        if device.type == "cuda":
+            _reserve_staging(TABLES_OF_A_STEP * (uploaded.nbytes + layout.nbytes))
     return Table(uploaded, layout, len(params), num_blocks)
 
 
@@ -134,16 +137,16 @@ def _layout(
     offsets: tuple[int, ...],
     groups: tuple[int, ...],
     adaptive: tuple[bool, ...],
-) -> Tensor:
-    """Rows NUMEL, OFFSET, GROUP, ADAPTIVE; then the tensor of each block; then where it starts in that tensor."""
+) -> tuple[Tensor, int]:
+    """Rows NUMEL, OFFSET, GROUP, ADAPTIVE, FIRST_BLOCK, and the number of all blocks."""
     rows = torch.zeros(LAYOUT_ROWS.value, num_tensors, dtype=torch.int64)
     for row, values in ((NUMEL, numels), (OFFSET, offsets), (GROUP, groups), (ADAPTIVE, adaptive)):
         if values:
             rows[row.value] = torch.tensor(values, dtype=torch.int64)
     counts = (rows[NUMEL.value] + block - 1) // block
-    tensors = torch.arange(num_tensors).repeat_interleave(counts)
-    starts = (torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]) * block
-    return upload(torch.cat((rows.flatten(), tensors, starts)), device)
+    ends = counts.cumsum(0)
+    rows[FIRST_BLOCK.value] = ends - counts
+    return upload(rows.flatten(), device), int(ends[-1])
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -152,7 +155,6 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     if not capturing(device):
-        _reserve_staging()
         return values.pin_memory().to(device, non_blocking=True)
     staging = _captured_staging(values.numel(), values.dtype)
     staging.copy_(values)
@@ -162,12 +164,16 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 _captured: list[Any] = []
 _staging: list[Tensor] = []
 STAGING_BYTES = 1 << 20  # the tables of several captured steps of a large model
+TABLES_OF_A_STEP = 8  # norm, perturb, restore, update, of weights of two dtypes
 
 
-def _reserve_staging() -> None:
-    """Pinned memory for captures to come: allocating it inside one is not allowed by every version of torch."""
-    if not _staging:
-        _staging.append(torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True))
+def _reserve_staging(needed: int) -> None:
+    """Pinned memory for captures to come: allocating it inside one is not allowed by every version of torch.
+
+    Every capture takes some of it for good, so that it is filled up as soon as less than ``needed`` bytes are left.
+    """
+    if not _staging or _staging[0].numel() < needed:
+        _staging[:] = [torch.empty(max(STAGING_BYTES, needed), dtype=torch.uint8, pin_memory=True)]
 
 
 def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
@@ -214,9 +220,16 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def block_at(addresses_ptr, layout_ptr, num_tensors, num_blocks, block, BLOCK: tl.constexpr):
     """The tensor of a block, where the block starts in it, the tensor's length, and whether the block is vectorized."""
-    blocks_ptr = layout_ptr + LAYOUT_ROWS * num_tensors
-    tensor = tl.load(blocks_ptr + block)
-    start = tl.load(blocks_ptr + num_blocks + block)
+    first_blocks_ptr = layout_ptr + FIRST_BLOCK * num_tensors
+    # the last tensor that begins at this block or before: empty tensors begin where their successor does
+    tensor = tl.full((), 0, tl.int32)
+    last = tensor + num_tensors - 1
+    while tensor < last:
+        middle = (tensor + last + 1) // 2
+        begins_later = tl.load(first_blocks_ptr + middle) > block
+        last = tl.where(begins_later, middle - 1, last)
+        tensor = tl.where(begins_later, tensor, middle)
+    start = (block - tl.load(first_blocks_ptr + tensor)) * BLOCK
     numel = tl.load(layout_ptr + NUMEL * num_tensors + tensor)
     alignment = tl.load(addresses_ptr + ALIGNMENT * num_tensors + tensor)
     return tensor, start, numel, (start + BLOCK <= numel) & (alignment % 16 == 0)
