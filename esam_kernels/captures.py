@@ -1,4 +1,4 @@
-"""Captured steps: a CUDA graph each, the memory that it reads and writes, and what a capture leaves as it was.
+"""Captured steps: a CUDA graph each, what is fixed in it, the memory that it holds, and what a capture must not change.
 
 A graph holds addresses. Where a tensor has moved since (``load_state_dict`` and ``model.to`` move them), a replay would
 read and write memory that is freed, and nothing would say so: :class:`Captures` compares the addresses each time.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from esam_kernels import state
 from esam_kernels.device_numbers import is_capturing
 from esam_kernels.optimizer import ESAM
+from esam_kernels.perturbation.fused_update import has_hooks
+from esam_kernels.settings import Settings
+from esam_kernels.step.plan import choose
 from esam_kernels.tensor_lists import MemoryMarks, tensors_in
 
 
@@ -70,12 +73,51 @@ def modules_of(optimizer: ESAM) -> list[nn.Module]:
     return modules
 
 
+def key_of(optimizer: ESAM, modules: list[nn.Module], samples: int) -> tuple[Any, ...]:
+    """What is fixed in a graph of the optimizer's next step on so many samples."""
+    perturbation, phases = optimizer._perturbation, optimizer._phases
+    settings = perturbation.settings
+    return (
+        type(choose(phases)).__name__,
+        phases.num_selected(samples),
+        tuple(perturbation.drawn()),
+        tuple(perturbation.trained()),
+        tuple(getattr(settings, name) for name in _FIXED_SETTINGS),
+        settings.beta if settings.mask == "tensor" else perturbation.draws_elements,
+        tuple(_fixed_of(group) for group in optimizer.param_groups),
+        phases.replays_noise,
+        tuple([module.training for module in modules]),
+        _autocast_of(perturbation.params[0].device.type),
+        has_hooks(optimizer.base_optimizer),
+    )
+
+
+# Not fixed in a graph: beta and gamma are in the key in their own way, and the seed's words are on the device.
+_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("beta", "gamma", "seed"))
+# What a group holds that a graph reads on the device, or not at all.
+_NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
+
+
+def _fixed_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The numbers of a group that kernels take as arguments."""
+    values = (
+        (name, value) for name, value in group.items() if name not in _NOT_FIXED and not isinstance(value, Tensor)
+    )
+    return group["rho"] > 0.0, *((name, value if value is None else repr(value)) for name, value in values)
+
+
+def _autocast_of(device_type: str) -> tuple[Any, ...]:
+    """What autocast makes of a forward, where it is entered outside the closure."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return enabled, torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
+
+
 def memory_of(optimizer: ESAM, modules: list[nn.Module]) -> list[Tensor]:
     """The tensors outside a graph that a step of the optimizer reads or writes, but for numbers that are uploaded."""
     tensors = [*optimizer._perturbation.params, *tensors_in(optimizer.state)]
     tensors += [last for _, last in sorted(optimizer._perturbation.ascent.state().items())]
     for group in optimizer.param_groups:
-        tensors += [value for value in group.values() if isinstance(value, Tensor)]
+        tensors += [value for value in group.values() if isinstance(value, Tensor) and value.is_cuda]
     held = [kept for module in modules for kept in (module._parameters, module._buffers) if kept]
     # Those of a scripted module are no dicts.
     held = [kept if isinstance(kept, dict) else dict(kept.items()) for kept in held]
@@ -181,15 +223,19 @@ class CapturedNoise:
         self._second = self._generator.clone_state()
 
 
-# Graphs whose capture failed. The allocator may still ask them which stream they belong to.
-_failed: list[torch.cuda.CUDAGraph] = []
+# Graphs whose capture broke. The allocator may still ask them which stream they belong to.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 def give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Tell torch's allocator that the capture of ``graph`` is over, where it failed before torch did so itself."""
-    _failed.append(graph)
-    with contextlib.suppress(RuntimeError):
+    """Give back the memory of a capture that failed, and end it in torch's allocator if torch has not done so."""
+    try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # ended already: the closure raised, and the capture itself is whole
+        graph.reset()
+        return
+    torch._C._cuda_releasePool(device.index, pool)
+    _broken.append(graph)
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from esam_kernels.capturable import check_batch, check_capturable
@@ -26,16 +25,15 @@ from esam_kernels.captures import (
     HostState,
     first_cause,
     give_up,
+    key_of,
     memory_of,
     modules_of,
 )
 from esam_kernels.device_numbers import DeviceNumbers
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
-from esam_kernels.perturbation.fused_update import has_hooks
+from esam_kernels.perturbation.fused_update import check_rates
 from esam_kernels.selection import batch_size
-from esam_kernels.settings import Settings
-from esam_kernels.step.plan import choose
 from esam_kernels.tensor_lists import increment_version, mark_memory
 
 logger = logging.getLogger("esam_kernels")
@@ -96,12 +94,16 @@ class _EagerStep:
         self.optimizer = optimizer
         self.closure = closure
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.optimizer.step(self.closure, *self._batch(arguments))
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.optimizer.step(self.closure, *self._batch(arguments, options))
 
-    def _batch(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _batch(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        if options:
+            raise TypeError(
+                f"a graphed step takes the batch and no options, got {', '.join(sorted(options))}: call optimizer.step"
+            )
         if arguments and callable(arguments[0]) and not isinstance(arguments[0], Tensor):
-            if arguments[0] is not self.closure:
+            if arguments[0] != self.closure:  # a method of an object is another object each time
                 raise ValueError("the step was made for another closure: call make_graphed_step for this one")
             return arguments[1:]
         return arguments
@@ -126,21 +128,22 @@ class _GraphedStep(_EagerStep):
         if isinstance(optimizer._perturbation.ascent, PreviousGradient):
             optimizer._perturbation.ascent.in_place = True
 
-    def __call__(self, *arguments: Any) -> Any:
-        batch = self._batch(arguments)
-        with self.optimizer._hooks_around((self.closure, *batch), {}) as ((closure, *batch), options):
-            if options or closure is not self.closure or _layout(tuple(batch)) != self._layout:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        batch = self._batch(arguments, options)
+        with self.optimizer._hooks_around((self.closure, *batch), {}) as ((closure, *batch), given):
+            if given or closure != self.closure or _layout(tuple(batch)) != self._layout:
                 logger.debug("graphed step: another layout, closure or options: this step runs eagerly")
-                return self.optimizer.step(closure, *batch, **options)
+                return self.optimizer.step(closure, *batch, **given)
             return self._run(tuple(batch))
 
     def _run(self, batch: tuple[Any, ...]) -> Any:
         optimizer = self.optimizer
         optimizer._phases.require(perturbed=False, call="a graphed step")
+        check_rates(optimizer.base_optimizer)
         optimizer._follow()
         optimizer._perturbation.parameters.refresh()
         modules = modules_of(optimizer)
-        key = self._key(modules)
+        key = key_of(optimizer, modules, self._samples)
         numbers = self._upload(batch)
         capture = self._captures.find(key, [*numbers, *memory_of(optimizer, modules)])
         if capture is None or self._steps_until_capture > 0:
@@ -154,24 +157,6 @@ class _GraphedStep(_EagerStep):
             logger.debug("graphed step: captured as a CUDA graph")
             capture.graph, capture.result = self._capture()
         return self._replay(capture)
-
-    def _key(self, modules: list[nn.Module]) -> tuple[Any, ...]:
-        """What is fixed in a graph."""
-        optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases
-        settings = perturbation.settings
-        return (
-            type(choose(phases)).__name__,
-            phases.num_selected(self._samples),
-            tuple(perturbation.drawn()),
-            tuple(perturbation.trained()),
-            tuple(getattr(settings, name) for name in _FIXED_SETTINGS),
-            settings.beta if settings.mask == "tensor" else perturbation.draws_elements,
-            tuple(_fixed_of(group) for group in optimizer.param_groups),
-            phases.replays_noise,
-            tuple([module.training for module in modules]),
-            _autocast_of(self._device.type),
-            has_hooks(optimizer.base_optimizer),
-        )
 
     def _upload(self, batch: tuple[Any, ...]) -> list[Tensor]:
         """Bring up to date what a graph reads on the device. Returns its numbers, which have to stay where they are."""
@@ -216,10 +201,11 @@ class _GraphedStep(_EagerStep):
 
     def _warm_up(self) -> Any:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream), self._as_in_a_graph():
-            result = self.optimizer.step(self.closure, *self._inputs)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream), self._as_in_a_graph():
+                return self.optimizer.step(self.closure, *self._inputs)
+        finally:  # also after an exception: the weights are restored on that stream
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
         self.optimizer._phases.drop_gradients()
@@ -269,26 +255,6 @@ class _GraphedStep(_EagerStep):
         optimizer._opt_called = True
         optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), capture.result)
-
-
-# Not fixed in a graph: beta and gamma are in the key in their own way, and the seed's words are on the device.
-_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("beta", "gamma", "seed"))
-# What a group holds that a graph reads on the device, or not at all.
-_NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
-
-
-def _fixed_of(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The numbers of a group that kernels take as arguments."""
-    values = (
-        (name, value) for name, value in group.items() if name not in _NOT_FIXED and not isinstance(value, Tensor)
-    )
-    return group["rho"] > 0.0, *((name, value if value is None else repr(value)) for name, value in values)
-
-
-def _autocast_of(device_type: str) -> tuple[Any, ...]:
-    """What autocast makes of a forward, where it is entered outside the closure."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return enabled, torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
 
 
 def _layout(batch: tuple[Any, ...]) -> tuple[Any, ...]:

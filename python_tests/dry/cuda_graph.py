@@ -63,7 +63,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._refuse(func, args)
+        self._refuse(func, args, kwargs)
         self._save_what_is_written(func, args, kwargs)
         result = func(*args, **kwargs)
         made = []
@@ -85,7 +85,11 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(call)
         return result
 
-    def _refuse(self, func: Any, args: Any) -> None:
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        if self._device.graph is not None and self._device.graph.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        if kwargs.get("pin_memory"):
+            self._device.refuse(_WAITING[aten._pin_memory.default])
         reads_host = any(isinstance(a, Tensor) and _key(a) in self._of_host for a in pytree.tree_leaves(args[1:2]))
         if func is aten.copy_.default and reads_host and _key(args[0]) not in self._of_host:
             self._device.refuse("a copy from ordinary memory of the host")
@@ -192,6 +196,7 @@ class Graph:
         self._numbers = torch.get_rng_state()
         self._device.graph = self
         self._device.open_pools += 1
+        self._device.users_of_pools += 1
         self.recorder.__enter__()
 
     def capture_end(self) -> None:
@@ -204,6 +209,9 @@ class Graph:
         self._device.open_pools -= 1
         for state in self._states:
             state.is_capturing = False
+
+    def reset(self) -> None:
+        self._device.users_of_pools -= 1
 
     def replay(self) -> None:
         self._device.replays += 1
@@ -220,11 +228,15 @@ class Device:
     """The one that is being captured."""
     captures: list[Graph] = field(default_factory=list)
     replays: int = 0
-    stream: str = "main"
+    stream: Any = field(default_factory=lambda: _Stream())
     modes: list[str] = field(default_factory=list)
     """The capture_error_mode of each capture."""
     open_pools: int = 0
     """Captures that the allocator believes to be going on."""
+    users_of_pools: int = 0
+    """Graphs and captures that hold a pool of memory."""
+    on_host: list[Tensor] = field(default_factory=list)
+    """Tensors that are not on the device."""
 
     def __post_init__(self) -> None:
         self.generator = Generator(self, _State(torch.get_rng_state()))
@@ -268,18 +280,28 @@ class Device:
             raise RuntimeError("not currently recording to this pool")
         self.open_pools -= 1
 
+    def release_pool(self, index: Any, pool: Any) -> None:
+        """torch._C._cuda_releasePool."""
+        self.users_of_pools -= 1
+
 
 class _Stream:
+    def __init__(self) -> None:
+        self.waits: list[Any] = []
+
     def wait_stream(self, other: Any) -> None:
-        pass
+        self.waits.append(other)
 
 
 def install(patch: Any) -> Device:
     """CPU tensors are on a CUDA device, as far as Python asks. ``patch`` is pytest's ``monkeypatch``."""
     device = Device()
-    main = _Stream()
-    device.stream = main  # type: ignore[assignment]
-    patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    patch.setattr(
+        torch.Tensor,
+        "is_cuda",
+        property(lambda tensor: all(tensor is not other for other in device.on_host)),
+        raising=False,
+    )
     for name, value in {
         "Stream": lambda *_: _Stream(),
         "stream": device.on,
@@ -294,4 +316,5 @@ def install(patch: Any) -> Device:
     }.items():
         patch.setattr(torch.cuda, name, value)
     patch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocations, raising=False)
+    patch.setattr(torch._C, "_cuda_releasePool", device.release_pool, raising=False)
     return device

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from esam_kernels import ESAM, cross_entropy, make_graphed_step
 from esam_kernels.backends import unavailable
+from esam_kernels.captures import HostState
 from esam_kernels.graphs import WARMUP_STEPS
 
 pytestmark = pytest.mark.skipif(unavailable("native", CPU) is not None, reason="no backend on the CPU fuses updates")
@@ -77,8 +78,7 @@ class Failing:
         return training
 
 
-@pytest.mark.parametrize("call", [1, 2, 0])
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize(("what", "call"), [*((what, number % 3) for number, what in enumerate(WHAT)), (".item()", 1)])
 def test_after_a_failed_capture_training_goes_on_as_if_it_had_not_been_tried(gpu, what, call):
     failing = Failing(gpu, WHAT[what], call, dropout=0.4, mask="element")
     pair = failing.pair
@@ -91,6 +91,7 @@ def test_after_a_failed_capture_training_goes_on_as_if_it_had_not_been_tried(gpu
         pair.run(1)  # a warm-up for the next try
     assert gpu.stream is stream
     assert gpu.open_pools == 0
+    assert gpu.users_of_pools == 0
     assert not gpu.generator.state.is_capturing
     # Eagerly, and, the culprit gone, as graphs.
     step, pair.step = pair.step, lambda *given: pair.graphed.step(given)
@@ -109,6 +110,25 @@ def test_a_failed_capture_leaves_the_history_of_the_ascent(gpu):
     failing.is_on = False
     failing.pair.run(4)
     assert gpu.replays >= 2
+
+
+def test_pass_1_is_recorded_again_after_a_capture_that_failed_in_pass_2(gpu):
+    failing = Failing(gpu, WHAT[".item()"], 2, mask="element", ranking="first_order")
+    failing.pair.run(WARMUP_STEPS)
+    failing.calls = 0
+    with nothing_changes(failing.pair.graphed), pytest.raises(RuntimeError, match="cannot be captured"):
+        failing.pair.step(*batches(CPU, 1)[0])
+    failing.is_on = False
+    failing.pair.run(4)
+    assert gpu.replays == 3
+
+
+def test_numbers_that_a_failed_capture_has_drawn_on_the_host_are_drawn_again():
+    """A DataLoader shuffles by the generator of the host."""
+    before = HostState(Training(CPU, "native").optimizer)
+    drawn = torch.rand(3)
+    before.put_back()
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_graphs_of_before_are_captured_anew_after_a_failed_capture(gpu):
@@ -141,6 +161,37 @@ def test_an_interrupt_in_a_capture_is_an_interrupt(gpu):
         failing.pair.step(*batches(CPU, 1)[0])
     failing.is_on = False
     failing.pair.run(3)
+
+
+def test_after_an_error_in_a_warm_up_the_weights_are_back_and_waited_for(gpu):
+    training = Training(CPU, "native", mask="element")
+    calls = []
+
+    def losses(inputs, targets):
+        calls.append(None)
+        if len(calls) == 3:
+            raise ArithmeticError("an error of its own")
+        return training.losses(inputs, targets)
+
+    given = batches(CPU, 1)[0]
+    step = make_graphed_step(training.optimizer, losses, *given)
+    main, before = gpu.stream, training.weights()
+    with pytest.raises(ArithmeticError, match="of its own"):
+        step(*given)
+    assert all(map(torch.equal, before, training.weights()))
+    assert gpu.stream is main
+    assert len(main.waits) == 1
+
+
+def test_a_rate_that_is_no_number_is_refused(gpu):
+    training = Training(CPU, "native", mask="element")
+    given = batches(CPU, 1)[0]
+    step = make_graphed_step(training.optimizer, training.losses, *given)
+    for _ in range(WARMUP_STEPS + 1):
+        step(*given)
+    training.optimizer.param_groups[0]["lr"] = "fast"
+    with nothing_changes(training), pytest.raises(TypeError, match="lr of parameter group 0 must be a number"):
+        step(*given)
 
 
 class Replacing(nn.Module):
@@ -293,21 +344,16 @@ def test_what_comes_to_be_impossible_later_is_refused_before_the_step(gpu):
 
 
 def test_a_gradient_of_another_layout_is_copied_and_the_rate_is_still_read_on_the_device(gpu):
-    class Transposed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, weight):
-            return weight.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad.t().contiguous().t()
+    def transpose(param):
+        param.grad = param.grad.t().contiguous().t()
 
     weight = nn.Parameter(torch.randn(4, 5))
+    weight.register_post_accumulate_grad_hook(transpose)
     optimizer = ESAM([weight], torch.optim.SGD, lr=0.0, momentum=0.0, mask="element", rho=0.0)
     inputs, targets = torch.randn(6, 5), torch.arange(6) % 4
 
     def losses(inputs, targets):
-        return F.cross_entropy(inputs @ Transposed.apply(weight).t(), targets, reduction="none")
+        return F.cross_entropy(inputs @ weight.t(), targets, reduction="none")
 
     step = make_graphed_step(optimizer, losses, inputs, targets)
     for _ in range(WARMUP_STEPS + 1):

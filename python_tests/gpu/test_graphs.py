@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import Training, assert_same_weights, batches, set_lr
+from steps import BATCH, Training, assert_same_weights, batches, set_lr
+from torch import nn
 
 from esam_kernels import cross_entropy, make_graphed_step
 from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
+from esam_kernels.schedules import PhaseSchedule
 
 masks = pytest.mark.parametrize("mask", ["tensor", "element"])
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW"])
@@ -23,6 +27,10 @@ def graphed_and_eager(device, backend_name, *args, **esam):
     step = make_graphed_step(graphed.optimizer, graphed.losses, *batches(device, 1)[0])
     if device.type == "cuda":
         eager.optimizer._perturbation.draw.pool = DRAW_POOL
+        groups = eager.optimizer.param_groups
+        if all(isinstance(group["lr"], torch.Tensor) for group in groups):
+            # As in a graph the update is fused in every step: torch's own rounds in another order.
+            eager.optimizer._perturbation.lr_tensors = [group["lr"] for group in groups]
     return step, graphed, eager
 
 
@@ -119,7 +127,7 @@ def test_dropout_is_replayed_inside_the_graph_and_fresh_in_every_replay(backend_
 def test_a_closure_that_waits_for_the_device_is_refused(backend_name, device):
     if device.type != "cuda":
         pytest.skip("nothing is captured")
-    training = Training(device, backend_name, mask="element")
+    training = Training(device, backend_name, mask="element", dropout=0.4)
 
     def losses(inputs, targets):
         found = cross_entropy(training.model(inputs), targets)
@@ -130,10 +138,20 @@ def test_a_closure_that_waits_for_the_device_is_refused(backend_name, device):
     for _ in range(WARMUP_STEPS):
         step(*batch)
     before = training.weights()
+    state, noise = copy.deepcopy(training.optimizer.state_dict()), torch.cuda.get_rng_state(device)
+    stream = torch.cuda.current_stream(device)
     with pytest.raises(RuntimeError, match="cannot be captured"):
         step(*batch)
     assert all(map(torch.equal, before, training.weights()))
+    assert torch.equal(torch.cuda.get_rng_state(device), noise)
+    assert torch.cuda.current_stream(device) == stream
+    now = training.optimizer.state_dict()
+    assert now["esam"] == state["esam"]
+    for number, values in state["state"].items():
+        assert all(torch.equal(values[name], now["state"][number][name]) for name in values)
+    # Also dropout draws: a capture that fails leaves torch 2.11's generator unable to.
     training.step(batch)
+    F.dropout(torch.ones(8, device=device))
     assert all(param.isfinite().all() for param in training.model.parameters())
 
 
@@ -147,6 +165,70 @@ def test_two_graphed_runs_give_the_same_bits(backend_name, device):
             step(*batch)
         runs.append(training)
     assert_same_weights(*runs)
+
+
+@pytest.mark.parametrize("ranking", ["first_order", "random", lambda context: context.losses])
+def test_replays_with_every_ranking_are_eager_steps_bit_for_bit(backend_name, device, ranking):
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask="element", ranking=ranking)
+    rest = batches(device, 1, size=17)[0]
+    for number, batch in enumerate(batches(device, STEPS)):
+        for given in [batch, rest] if number % 4 == 3 else [batch]:
+            assert torch.equal(step(*given), eager.step(given)), number
+    assert_same_weights(graphed, eager)
+
+
+def test_a_phase_schedule_takes_graphs_of_both_kinds_of_steps(backend_name, device):
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask="element")
+    schedules = [PhaseSchedule(training.optimizer, "rho", 0.05, start=6, stop=14) for training in (graphed, eager)]
+    for number, batch in enumerate(batches(device, 20)):
+        for training in (graphed, eager):
+            set_lr(training.optimizer, 0.1 / (1 + number))
+        step(*batch)
+        eager.step(batch)
+        for schedule in schedules:
+            schedule.step()
+    assert_same_weights(graphed, eager)
+
+
+def loads_a_checkpoint(training):
+    training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+
+
+def moves_the_model(training):
+    training.model.cpu().to(training.device)
+
+
+def adds_a_group(training):
+    lr = training.optimizer.param_groups[0]["lr"]
+    added = nn.Parameter(torch.zeros(3, device=training.device))
+    training.optimizer.add_param_group({"params": [added], "lr": copy.deepcopy(lr)})
+
+
+@pytest.mark.parametrize("change", [loads_a_checkpoint, moves_the_model, adds_a_group])
+def test_a_step_is_captured_anew_after_what_a_graph_holds_has_moved(backend_name, device, change):
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask="element")
+    for number, batch in enumerate(batches(device, 2 * WARMUP_STEPS + 6)):
+        if number == WARMUP_STEPS + 3:
+            for training in (graphed, eager):
+                change(training)
+            if device.type == "cuda":  # what was freed is written over
+                left = [torch.full((1 << 12,), torch.nan, device=device) for _ in range(64)]
+                del left
+        assert torch.equal(step(*batch), eager.step(batch)), number
+    assert_same_weights(graphed, eager)
+
+
+def test_a_loader_that_pins_its_batches_does_not_break_a_capture(backend_name, device):
+    """Its thread asks for events meanwhile, which a capture in mode "global" would not survive."""
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask="tensor")
+    inputs, targets = (torch.cat(tensors).cpu() for tensors in zip(*batches(device, STEPS)))
+    data = torch.utils.data.TensorDataset(inputs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH, pin_memory=device.type == "cuda", num_workers=1)
+    for batch in loader:
+        on_device = [tensor.to(device, non_blocking=True) for tensor in batch]
+        step(*on_device)
+        eager.step(on_device)
+    assert_same_weights(graphed, eager)
 
 
 def test_a_base_that_counts_on_the_host_is_refused(backend_name, device):

@@ -54,6 +54,23 @@ def test_the_closure_may_be_left_out_of_the_call():
     assert torch.equal(weights(model), weights(other_model))
 
 
+def test_the_closure_may_be_a_method():
+    class Trainer:
+        def __init__(self):
+            self.model, self.optimizer = build()
+
+        def losses(self, inputs, targets):
+            return cross_entropy(self.model(inputs), targets)
+
+    trainer, other = Trainer(), Trainer()
+    step = make_graphed_step(trainer.optimizer, trainer.losses, INPUTS, TARGETS)
+    expected = other.optimizer.step(other.losses, INPUTS, TARGETS)
+    assert torch.equal(step(trainer.losses, INPUTS, TARGETS), expected)
+    assert torch.equal(weights(trainer.model), weights(other.model))
+    with pytest.raises(ValueError, match="made for another closure"):
+        step(other.losses, INPUTS, TARGETS)
+
+
 def test_another_closure_is_refused_and_nothing_is_changed():
     model, optimizer = build()
     step = make_graphed_step(optimizer, losses_of(model), INPUTS, TARGETS)
@@ -71,3 +88,12 @@ def test_what_cannot_be_a_step_is_refused():
         make_graphed_step(optimizer, INPUTS, TARGETS)
     with pytest.raises(ValueError, match="the batch is empty"):
         make_graphed_step(optimizer, losses_of(model), INPUTS[:0], TARGETS[:0])
+
+
+def test_options_of_step_are_refused_and_nothing_is_changed():
+    model, optimizer = build()
+    step = make_graphed_step(optimizer, losses_of(model), INPUTS, TARGETS)
+    before = weights(model)
+    with pytest.raises(TypeError, match=r"no options, got max_grad_norm, micro_batch: call optimizer\.step"):
+        step(INPUTS, TARGETS, micro_batch=2, max_grad_norm=1.0)
+    assert torch.equal(weights(model), before)

@@ -1,0 +1,75 @@
+"""The stand-in for CUDA graphs does what a graph does, and refuses what a capture forbids."""
+
+from __future__ import annotations
+
+import cuda_graph
+import pytest
+import torch
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return cuda_graph.install(monkeypatch)
+
+
+def captured(call):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+def test_a_capture_computes_nothing_and_replays_hold_its_numbers_and_addresses(gpu):
+    x, factor = torch.ones(3), 2.0
+    graph, y = captured(lambda: x.mul_(factor) + 1.0)
+    assert x.tolist() == [1.0] * 3
+    factor = 5.0
+    graph.replay()
+    assert (x.tolist(), y.tolist()) == ([2.0] * 3, [3.0] * 3)
+    x.fill_(10.0)
+    graph.replay()
+    assert y.tolist() == [21.0] * 3
+
+
+def test_memory_outside_is_not_kept_alive_and_a_replay_that_touches_it_raises(gpu):
+    x = torch.ones(3)
+    graph, _ = captured(lambda: x + 1.0)
+    graph.replay()
+    x.data = torch.zeros(3)
+    with pytest.raises(cuda_graph.FreedMemoryError, match="freed memory"):
+        graph.replay()
+
+
+def test_random_numbers_are_drawn_anew_in_every_replay_and_as_without_a_graph(gpu):
+    graph, drawn = captured(lambda: torch.rand(4))
+    state = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        graph.replay()
+        found.append(drawn.clone())
+    torch.set_rng_state(state)
+    assert torch.equal(found[0], torch.rand(4))
+    assert torch.equal(found[1], torch.rand(4))
+
+
+FORBIDDEN = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "pageable copy": lambda x: x.copy_(torch.tensor([1.0, 2.0, 3.0])),
+    "pinning": lambda x: torch.empty(3, pin_memory=True),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_a_capture_forbids_breaks_it(gpu, what):
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="due to a previous error") as broken:
+        captured(lambda: FORBIDDEN[what](x.mul_(2.0)))
+    assert "not permitted when stream is capturing" in str(broken.value.__context__)
+    assert x.tolist() == [1.0] * 3
+    assert gpu.generator.state.is_capturing
+    assert gpu.open_pools == 1
