@@ -1,7 +1,7 @@
 """What docs/performance.md shows beside its counts: the rows of each stage, and how far they are from the floor.
 
-``<!-- floor:weights -->``, ``<!-- floor:samples -->`` and ``<!-- floor:steps -->``, each up to ``<!-- /floor -->``,
-hold one table for each folder under benchmarks/results, and say what no GPU has measured. The floor of a stage is its
+``<!-- floor:weights -->``, ``<!-- floor:samples -->``, ``<!-- floor:steps -->`` and ``<!-- floor:modes -->``, each up
+to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured. The floor of a stage is its
 counted bytes over the bandwidth of a plain copy in the same run; that of a whole step is its counted arithmetic.
 """
 
@@ -124,8 +124,23 @@ def _steps(rows: list[Row]) -> Lines:
     return lines
 
 
+def _modes(rows: list[Row]) -> Lines:
+    """Each mode's counted and measured cost in units of SGD's step, and its speed against SAM's, from pairs."""
+    lines = [["step", "counted, x SGD", "measured, x SGD", "measured / counted", "x SAM's speed"]]
+    by_name = {(row["case"], row["implementation"]): row for row in rows}
+    for (case, name), row in by_name.items():
+        if name != OURS:
+            continue
+        cost = 1.0 / by_name[case, "SGD alone"]["ratio"]
+        sam = by_name.get((case, "SAM, ours"))
+        speed = "" if sam is None else f"{sam['ratio']:.2f}"
+        lines.append([case, f"{row['counted']:.2f}", f"{cost:.2f}", f"{cost / row['counted']:.2f}", speed])
+    return lines
+
+
 _KINDS: dict[str, tuple[str, Callable[[list[Row]], Lines]]] = {
     "weights": ("perturb", _weights),
     "samples": ("loss", _samples),
     "steps": ("step", _steps),
+    "modes": ("modes", _modes),
 }

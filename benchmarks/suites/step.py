@@ -94,7 +94,7 @@ def training_step(context: Context, name: str, method: str, base: str, dtype: st
     base_optimizer = BASES[base](params)
     beta, gamma, mask, ascent = METHODS[method]
     criterion = cross_entropy if name.startswith("ours") else peers.library_cross_entropy
-    losses = _losses(model, criterion, context.device, dtype)
+    losses = per_sample_losses(model, criterion, context.device, dtype)
     if name.startswith("ours"):
         ours = ESAM(
             params,
@@ -143,9 +143,11 @@ def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, DTYPES[dtype]) if dtype != "fp32" else contextlib.nullcontext()
 
 
-def _losses(
+def per_sample_losses(
     model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: str
 ) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss for each sample, as a function of a batch."""
+
     def losses(images: Tensor, target: Tensor) -> Tensor:
         with _autocast(device, dtype):
             return criterion(model(images), target)

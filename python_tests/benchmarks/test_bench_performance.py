@@ -83,3 +83,15 @@ def test_a_gpu_is_not_measured_until_its_rows_are_there(folder):
 def test_what_cannot_be_filled_is_refused(folder, text, message):
     with pytest.raises(ValueError, match=message):
         performance.rendered(text, folder)
+
+
+def test_a_modes_cost_comes_from_its_pairs_with_the_base_optimizer(tmp_path):
+    case = "net b32 fp32 first_order"
+    found = [
+        row("modes", case, 270.0, counted=1.37),
+        row("modes", case, 999.0, "SGD alone", ratio=0.72),
+        row("modes", case, 999.0, "SAM, ours", ratio=1.44),
+    ]
+    rows.save(tmp_path / "cpu" / "modes.json", found)
+    text = performance.rendered(block("modes"), tmp_path)
+    assert "| net b32 fp32 first_order | 1.37 | 1.39 | 1.01 | 1.44 |" in text

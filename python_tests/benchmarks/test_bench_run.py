@@ -7,10 +7,10 @@ import torch
 
 from benchmarks import harness, heap, peers, rows, run
 from benchmarks.cases import TINY, sizes_of
-from benchmarks.suites import Case, Context, kept_heap, loss, memory, overhead, perturb, step
+from benchmarks.suites import Case, Context, kept_heap, loss, memory, modes, overhead, perturb, step
 
 CPU = torch.device("cpu")
-SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step, "kept_heap": kept_heap}
+SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step, "modes": modes, "kept_heap": kept_heap}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,17 @@ def test_full_run_names_every_case_once():
                 assert f"{network} {dtype} {mask}" in names
     assert {"cross-entropy 4096x32000", "cross-entropy 64x131072 + backward", "gather 512x3x224x224"} <= set(names)
     assert "resnet18 b32 bf16 ESAM(SGD)" in names
+    assert "resnet18 b128 bf16 normalization, first_order" in names
+
+
+def test_the_modes_carry_their_counted_cost_and_are_compared_with_sam():
+    counted = {}
+    for case in modes.cases(Context(CPU, TINY)):
+        found = {row["implementation"]: row for row in case.run(0.0)}
+        counted[case.name.partition(" fp32 ")[2]] = found["ours"]["counted"]
+        assert ("SAM, ours" in found) == (not case.name.endswith("rho = 0"))
+    assert (counted["rho = 0"], counted["momentum"]) == (1.0, 1.0)
+    assert 1.0 < counted["normalization, first_order"] < counted["first_order"] < counted["rise"] < 2.0
 
 
 def test_a_suite_that_keeps_the_heap_says_so_before_its_first_case(monkeypatch):
