@@ -1,8 +1,9 @@
 """What docs/performance.md shows beside its counts: the rows of each stage, and how far they are from the floor.
 
 ``<!-- floor:weights -->``, ``<!-- floor:samples -->``, ``<!-- floor:steps -->`` and ``<!-- floor:modes -->``, each up
-to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured. The floor of a stage is its
-counted bytes over the bandwidth of a plain copy in the same run; that of a whole step is its counted arithmetic.
+to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured. The
+floor of a stage is its counted bytes over the bandwidth of a plain copy in the same run; that of a whole step is its
+counted arithmetic.
 """
 
 from __future__ import annotations
