@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,8 @@ def test_the_prices_of_the_modes_are_those_that_are_counted():
     names = {"ESAM": ESAM, "SAM": SAM, "torch": torch, "model": model}
     found = [(code, f"{eval(code.replace('...', arguments), names).relative_cost:.2f}") for code, _ in priced]
     assert found == priced
+
+
+def test_the_table_of_versions_is_that_of_the_rows():
+    command = [sys.executable, str(ROOT / "tools" / "matrix.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run `python tools/matrix.py --page`"
