@@ -1,6 +1,7 @@
 #include "autograd.h"
 
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
@@ -40,8 +41,12 @@ class GradientMarks {
     return !any(params, [](std::optional<int64_t> since) { return !since || *since != 0; });
   }
 
-  bool any_nearly(const py::list& params) const {
-    return any(params, [](std::optional<int64_t> since) { return since && *since <= 1; });
+  bool any_other(const py::list& params) const {
+    return any(params, [](std::optional<int64_t> since) { return !since; });
+  }
+
+  bool any_written(const py::list& params) const {
+    return any(params, [](std::optional<int64_t> since) { return since && *since != 0; });
   }
 
  private:
@@ -76,10 +81,20 @@ bool is_python_function(const torch::autograd::Node& node) {
   return std::strcmp(typeid(node).name(), "N5torch8autograd6PyNodeE") == 0;
 }
 
-// Whether the graph of a loss holds a torch.autograd.Function whose backward has this name.
-bool has_node(const py::object& loss, const std::string& name) {
+// Functions of torch for operators and compiled graphs, and of this package: all that they differentiate is in their
+// edges.
+bool hides_nothing(const std::string& name) {
+  return name == "CompiledFunctionBackward" || name == "_CrossEntropyBackward" ||
+         name.rfind("GeneratedBackwardFor", 0) == 0;
+}
+
+// Of the graph of a loss: whether it holds a torch.autograd.Function whose backward has this name, and whether a
+// backward of it may compute gradients of `params` that its edges do not show.
+py::tuple inspect_graph(const py::object& loss, const py::list& params, const std::string& name) {
   std::vector<torch::autograd::Node*> open;
   std::unordered_set<torch::autograd::Node*> seen;
+  std::unordered_set<const at::TensorImpl*> reached;
+  bool is_found = false, has_functions = false;
   const auto visit = [&](torch::autograd::Node* node) {
     if (node != nullptr && seen.insert(node).second) open.push_back(node);
   };
@@ -87,10 +102,22 @@ bool has_node(const py::object& loss, const std::string& name) {
   while (!open.empty()) {
     torch::autograd::Node* const node = open.back();
     open.pop_back();
-    if (is_python_function(*node) && node->name() == name) return true;
+    if (const auto* const leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) {
+      reached.insert(leaf->variable.unsafeGetTensorImpl());
+      continue;
+    }
+    if (is_python_function(*node)) {
+      const std::string its_name = node->name();
+      is_found = is_found || its_name == name;
+      has_functions = has_functions || !hides_nothing(its_name);
+    }
     for (const torch::autograd::Edge& edge : node->next_edges()) visit(edge.function.get());
   }
-  return false;
+  bool hides = false;
+  for (Py_ssize_t i = 0; has_functions && !hides && i < PyList_GET_SIZE(params.ptr()); ++i) {
+    hides = reached.count(expect_tensor(PyList_GET_ITEM(params.ptr(), i)).unsafeGetTensorImpl()) == 0;
+  }
+  return py::make_tuple(is_found, hides);
 }
 
 }  // namespace
@@ -100,8 +127,9 @@ void register_autograd(py::module_& module) {
       .def(py::init<>())
       .def("set", &GradientMarks::set)
       .def("are_all", &GradientMarks::are_all)
-      .def("any_nearly", &GradientMarks::any_nearly);
-  module.def("has_node", &has_node);
+      .def("any_other", &GradientMarks::any_other)
+      .def("any_written", &GradientMarks::any_written);
+  module.def("inspect_graph", &inspect_graph);
 }
 
 }  // namespace esam

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Adadelta, Optimizer
+from torch.optim import LBFGS, Adadelta, Optimizer, SparseAdam
 
 from esam_kernels.settings import check_rho
 
@@ -23,12 +23,40 @@ def build_base(
         raise TypeError("LBFGS cannot be the base optimizer: its step evaluates the loss several times by itself")
     if issubclass(kind, Adadelta):
         raise TypeError("Adadelta cannot be the base optimizer: its own hyperparameter is called rho as well")
+    if issubclass(kind, SparseAdam):
+        raise TypeError(
+            "SparseAdam cannot be the base optimizer: it takes sparse gradients, which cannot be perturbed along"
+        )
     if not isinstance(base, Optimizer):
         built = base(params, **kwargs)
+        check_options(built)
         return built, [{} for _ in built.param_groups]
+    check_options(base)
     if kwargs:
         raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
     return base, _values_by_group(params, base)
+
+
+def check_options(base: Optimizer) -> None:
+    """Refuse options of the base optimizer that cannot be honoured.
+
+    Raises:
+        ValueError: ``differentiable=True``.
+    """
+    if base.defaults.get("differentiable") or any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            "differentiable=True is not supported: a step perturbs and restores the weights in place, which autograd "
+            "cannot differentiate"
+        )
+
+
+def keep_radii(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A hook for ``base.load_state_dict``: groups that a plain optimizer saved keep the rho and adaptive they have."""
+    groups = state_dict["param_groups"]
+    if len(groups) != len(base.param_groups) or all("rho" in group and "adaptive" in group for group in groups):
+        return None
+    own = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in base.param_groups]
+    return {**state_dict, "param_groups": [{**values, **group} for values, group in zip(own, groups)]}
 
 
 def _values_by_group(params: Any, base: Optimizer) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from esam_kernels.captures import (
     modules_of,
 )
 from esam_kernels.device_numbers import DeviceNumbers
+from esam_kernels.hooks import run_step
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
 from esam_kernels.perturbation.fused_update import check_rates
@@ -129,12 +130,13 @@ class _GraphedStep(_EagerStep):
             optimizer._perturbation.ascent.in_place = True
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        batch = self._batch(arguments, options)
-        with self.optimizer._hooks_around((self.closure, *batch), {}) as ((closure, *batch), given):
-            if given or closure != self.closure or _layout(tuple(batch)) != self._layout:
-                logger.debug("graphed step: another layout, closure or options: this step runs eagerly")
-                return self.optimizer.step(closure, *batch, **given)
-            return self._run(tuple(batch))
+        return run_step(self.optimizer, self._step, (self.closure, *self._batch(arguments, options)), {})
+
+    def _step(self, optimizer: ESAM, closure: Any = None, *batch: Any, **options: Any) -> Any:
+        if options or closure != self.closure or _layout(batch) != self._layout:
+            logger.debug("graphed step: another layout, closure or options: this step runs eagerly")
+            return optimizer.step(closure, *batch, **options)
+        return self._run(batch)
 
     def _run(self, batch: tuple[Any, ...]) -> Any:
         optimizer = self.optimizer

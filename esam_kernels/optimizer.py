@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esam_kernels import distributed, state
-from esam_kernels.base_optimizer import build_base, group_defaults
+from esam_kernels import distributed, hooks, state
+from esam_kernels.base_optimizer import build_base, check_options, group_defaults, keep_radii
 from esam_kernels.perturbation.ascent import ASCENTS, RHO_OF_ASCENT, rho_or_default
 from esam_kernels.perturbation.parameters import listed
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
@@ -86,6 +85,8 @@ class ESAM(Optimizer):
         RuntimeError: a backend that is not available here.
     """
 
+    # How torch wraps the step() of a subclass.
+    profile_hook_step = staticmethod(hooks.around_step)  # type: ignore[assignment]
     # GradScaler then calls step() on an overflow as well, and leaves it to step() to skip the update.
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
@@ -160,6 +161,7 @@ class ESAM(Optimizer):
         self._phases.replays_noise = replays_noise
         self._whole = WholeStep(self._phases)
         self._is_in_step = False
+        self.base_optimizer.register_load_state_dict_pre_hook(keep_radii)
 
     # -- hyperparameters -----------------------------------------------------------------------------------------------
 
@@ -234,24 +236,34 @@ class ESAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
         self._follow()
-        if set_to_none:
-            self._phases.drop_gradients()
-        else:
-            super().zero_grad(set_to_none=False)
-            self._phases.note_zeroed()
+        with hooks.label(self, "zero_grad"):
+            if set_to_none:
+                self._phases.drop_gradients()
+            else:
+                self.base_optimizer.zero_grad(set_to_none=False)
+                self._phases.note_zeroed()
 
     def _follow(self) -> None:
         """Take over parameters and groups that were put into the base optimizer's groups behind this one's back."""
         if self._phases.weights.is_open:
             return
-        for group in self.param_groups:
-            if "rho" not in group or "adaptive" not in group:
-                group.update(group_defaults(group, self.defaults["rho"], self.defaults["adaptive"]))
+        lacking = [group for group in self.param_groups if "rho" not in group or "adaptive" not in group]
+        missing = [group_defaults(group, self.defaults["rho"], self.defaults["adaptive"]) for group in lacking]
         if not self._perturbation.parameters.are_those_of(self.param_groups):
-            self._parallelism = distributed.Parallelism(self._model)
-            self._parallelism.check(listed(self.param_groups))
-            self._perturbation.follow()
-            self._phases.follow(self._parallelism)
+            self._take_over()
+        for group, values in zip(lacking, missing):
+            group.update(values)
+
+    def _take_over(self) -> None:
+        """Perturb the parameters that are in the groups now. Where that is refused, nothing is changed."""
+        check_options(self.base_optimizer)
+        self._perturbation.ascent.check(self.base_optimizer)
+        parallelism = distributed.Parallelism(self._model)
+        parallelism.check(listed(self.param_groups))
+        are_old = self._phases.marks.are_all(self._perturbation.params)
+        self._perturbation.follow()
+        self._parallelism = parallelism
+        self._phases.follow(parallelism, are_old)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer, as for any torch optimizer.
@@ -278,14 +290,12 @@ class ESAM(Optimizer):
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``, where a checkpoint would hold perturbed weights.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        return hooks.saved_between_hooks(self, self._saved)
+
+    def _saved(self) -> dict[str, Any]:
         self._phases.require(perturbed=False, call="state_dict")
         self._follow()
-        saved = state.state_dict(self._perturbation)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            saved = _first_given(post_hook(self, saved), saved)
-        return saved
+        return state.state_dict(self._perturbation)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned, or the state of a plain torch optimizer of the base's kind.
@@ -299,13 +309,11 @@ class ESAM(Optimizer):
                 or a checkpoint of another ascent. Nothing is changed then.
         """
         self._phases.require(perturbed=False, call="load_state_dict")
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _first_given(hook(self, state_dict), state_dict)
+        hooks.load_between_hooks(self, state_dict, self._load)
+
+    def _load(self, saved: dict[str, Any]) -> None:
         self._follow()
-        state.load(self._perturbation, state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        state.load(self._perturbation, saved)
 
     def __getstate__(self) -> dict[str, Any]:
         self._phases.require(perturbed=False, call="copying or pickling")
@@ -420,6 +428,7 @@ class ESAM(Optimizer):
             class_dim=class_dim,
         )
 
+    @hooks.around_step
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base optimizer's update with the gradients in ``.grad``.
 
@@ -430,8 +439,7 @@ class ESAM(Optimizer):
             RuntimeError: no ``first_step`` before, or sparse gradients.
         """
         self._phases.require(perturbed=True, call="second_step")
-        with self._hooks_around((), {}):
-            self._phases.second_step()
+        self._phases.second_step()
         self._opt_called = True  # what torch's LR schedulers look at to warn about a missing step()
         if zero_grad:
             self._phases.drop_gradients()
@@ -439,27 +447,6 @@ class ESAM(Optimizer):
     def restore(self) -> None:
         """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
         self._phases.restore()
-
-    @contextlib.contextmanager
-    def _hooks_around(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-        """Run the step hooks of this optimizer, outside another such block; gives the arguments as hooks leave them.
-
-        Hooks on the base optimizer, and torch's global ones, run in the base optimizer's own step.
-        """
-        if self._is_in_step or not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
-            yield args, kwargs
-            return
-        self._is_in_step = True
-        try:
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                changed = pre_hook(self, args, kwargs)
-                if changed is not None:
-                    args, kwargs = changed
-            yield args, kwargs
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, args, kwargs)
-        finally:
-            self._is_in_step = False
 
     # -- the whole step ------------------------------------------------------------------------------------------------
 
@@ -495,10 +482,12 @@ class ESAM(Optimizer):
         self,
         closure: Callable[[], _T],
         *,
+        first_gradients: bool | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> _T: ...
 
+    @hooks.around_step
     def step(  # type: ignore[override]
         self,
         closure: Callable[..., Any] | None = None,
@@ -506,6 +495,7 @@ class ESAM(Optimizer):
         micro_batch: int | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        first_gradients: bool | None = None,
     ) -> Any:
         """One whole step.
 
@@ -517,7 +507,8 @@ class ESAM(Optimizer):
 
         ``step(closure)`` takes a closure that computes loss and gradients, as torch's optimizers do, and calls it
         before and after the perturbation. Where new gradients are there already (the convention of the common two-step
-        SAM class), it is called after it only. Losses per sample are not seen, so gamma has no part in it.
+        SAM class), it is called after it only, unless it sets the gradients to zero itself. ``first_gradients`` says
+        which of the two is meant. Losses per sample are not seen, so gamma has no part in it.
 
         ``step()`` after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
         ``GradScaler.step(optimizer)`` does, which restores the weights where it skips the update. A closure, if one is
@@ -535,6 +526,9 @@ class ESAM(Optimizer):
             scaler: scales the losses, and takes the base optimizer's step or skips it where a gradient of either pass
                 is not finite. ``scaler.update()`` remains the caller's. The first gradient needs no unscaling: e does
                 not depend on its length.
+            first_gradients: of ``step(closure)``: True, the gradients that are there are those of pass 1, and the
+                closure is called once, at w + e; False, they are dropped, and it is called twice. None: found out from
+                the gradients that are new since the last step, and from what the closure does to them.
 
         Returns:
             The mean loss at w, detached, and what else the closure returned for it, (loss, rest), if it returned more
@@ -545,17 +539,15 @@ class ESAM(Optimizer):
             ValueError: an empty batch, samples of different number, or losses that are not one number a sample.
 
         """
-        options = {"micro_batch": micro_batch, "max_grad_norm": max_grad_norm, "scaler": scaler}
-        with self._hooks_around((closure, *batch), options) as ((closure, *rest), options):
-            self._follow()
-            scaling = (self.grad_scale, self.found_inf) if "found_inf" in self.__dict__ else None
-            result = self._whole.run(closure, tuple(rest), scaling, **options)
+        self._follow()
+        scaling = (self.grad_scale, self.found_inf) if "found_inf" in self.__dict__ else None
+        result = self._whole.run(closure, batch, scaling, micro_batch, max_grad_norm, scaler, first_gradients)
         self._opt_called = True
         return result
 
-
-# Hooks around step() are run by ESAM itself: torch does not have to wrap it once more.
-ESAM.step.hooked = True  # type: ignore[attr-defined]
+    def _is_skipped_by_scaler(self) -> bool:
+        """Within ``GradScaler.step``: whether it skips the update. The weights are restored then."""
+        return self._whole.is_skipped(self.found_inf)
 
 
 class SAM(ESAM):
@@ -585,7 +577,3 @@ class SAM(ESAM):
         if fixed:
             raise TypeError(f"SAM has no {', '.join(sorted(fixed))}: use ESAM")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, beta=1.0, gamma=1.0, **kwargs)
-
-
-def _first_given(given: Any, otherwise: Any) -> Any:
-    return otherwise if given is None else given

@@ -26,8 +26,8 @@ _BUILT_IN = ("ascent", "ranking")
 # Under which name the state of a parameter holds its last gradient, with ascent="previous".
 _HISTORY = "previous_gradient"
 # What other SAM optimizers keep in a parameter's state during a step, and write into checkpoints: the common two-step
-# class and the released ESAM code.
-_FOREIGN = frozenset(("old_p", "e_w"))
+# class, the released ESAM code, and variants of the two.
+_FOREIGN = frozenset(("old_p", "e_w", "old_g", "new_g", "old_grad_p"))
 
 
 def note(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:
@@ -68,12 +68,8 @@ def load(perturbation: StochasticWeightPerturbation, state: dict[str, Any]) -> N
     entries = _without_foreign(entries, type(base).__name__)
     for group in state["param_groups"]:
         group_defaults(group, 0.0, False)
-    own = [{name: group[name] for name in ("rho", "adaptive")} for group in base.param_groups]
     plain = {key: value for key, value in state.items() if key != "esam"}
     base.load_state_dict({**plain, "state": entries})
-    for group, values in zip(base.param_groups, own):
-        for name, value in values.items():
-            group.setdefault(name, value)
     perturbation.settings = settings
     perturbation.step = saved.get("step", perturbation.step)
     perturbation.ascent.load(history, perturbation.params)
@@ -105,7 +101,7 @@ def _settings(settings: Settings, saved: dict[str, Any]) -> Settings:
         warnings.warn(
             f'the state was saved with ranking="{ranking}": this optimizer goes on with '
             f'ranking="{_name_of(settings.ranking)}"',
-            stacklevel=4,
+            stacklevel=6,
         )
     return replace(settings, **{name: saved[name] for name in _SETTINGS if name in saved and name not in _BUILT_IN})
 
@@ -129,7 +125,7 @@ def _without_foreign(states: dict[Any, Any], base: str) -> dict[Any, Any]:
     warnings.warn(
         f"the state is that of another SAM optimizer: {', '.join(sorted(found))} in it are dropped. Such optimizers do "
         f"not save the state of {base}, its momentum for one: where there is none it starts anew",
-        stacklevel=4,
+        stacklevel=6,
     )
     return _without(states, found)
 

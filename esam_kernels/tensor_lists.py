@@ -104,9 +104,13 @@ class _GradientMarks:
         """Whether every gradient that there is now is a marked one, not written to since."""
         return all(since == 0 for since in self._versions_since(params))
 
-    def any_nearly(self, params: list[Tensor]) -> bool:
-        """Whether some gradient is a marked one that was written to at most once since."""
-        return any(since is not None and since <= 1 for since in self._versions_since(params))
+    def any_other(self, params: list[Tensor]) -> bool:
+        """Whether some gradient is none of the marked ones."""
+        return any(since is None for since in self._versions_since(params))
+
+    def any_written(self, params: list[Tensor]) -> bool:
+        """Whether some marked gradient was written to since."""
+        return any(since is not None and since != 0 for since in self._versions_since(params))
 
     def _versions_since(self, params: list[Tensor]) -> Iterator[int | None]:
         """For each gradient that there is how often it was written to since; None: it is another one."""
@@ -137,24 +141,38 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _has_node(loss: Tensor, name: str) -> bool:
-    """Whether the graph of a loss holds a ``torch.autograd.Function`` whose backward has this name."""
+def _hides_nothing(name: str) -> bool:
+    """Functions of torch for operators and compiled graphs, and of this package: all is in their edges."""
+    return name in ("CompiledFunctionBackward", "_CrossEntropyBackward") or name.startswith("GeneratedBackwardFor")
+
+
+def _inspect_graph(loss: Tensor, params: list[Tensor], name: str) -> tuple[bool, bool]:
+    """Whether the graph of a loss holds a ``torch.autograd.Function`` whose backward has this name, and whether a
+    backward of it may compute gradients of ``params`` that its edges do not show.
+    """
     seen: set[Any] = set()
     waiting = [loss.grad_fn]
+    reached: set[int] = set()
+    is_found = has_functions = False
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == name:
-            return True
         seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            is_found = is_found or node.name() == name
+            has_functions = has_functions or not _hides_nothing(node.name())
         waiting.extend(function for function, _ in node.next_functions)
-    return False
+    return is_found, has_functions and not all(id(param) in reached for param in params)
 
 
 _in_cpp = native.extension
 are_same: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_same if _in_cpp else _are_same
-has_node: Callable[[Tensor, str], bool] = _in_cpp.has_node if _in_cpp else _has_node
+inspect_graph: Callable[[Tensor, list[Tensor], str], tuple[bool, bool]] = (
+    _in_cpp.inspect_graph if _in_cpp else _inspect_graph
+)
 GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
 mark_memory: Callable[[list[Tensor]], MemoryMarks] = _in_cpp.MemoryMarks if _in_cpp else MemoryMarks
 tensors_in: Callable[[dict[Any, Any]], list[Tensor]] = _in_cpp.tensors_in if _in_cpp else _tensors_in

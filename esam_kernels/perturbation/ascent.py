@@ -93,6 +93,8 @@ class PreviousGradient(CurrentGradient):
         What the step does not renew is gone, since the old weights are written over it.
         """
         taken = {i: self._history.pop(i) for i in drawn if i in self._history}
+        # One of another shape belongs to weights that were pruned since.
+        taken = {i: last for i, last in taken.items() if last.shape == params[i].shape}
         for i, last in taken.items():
             if last.device != params[i].device or last.dtype != params[i].dtype:
                 taken[i] = last.to(params[i])

@@ -17,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from esam_kernels import ops
 from esam_kernels.backends import resolve
+from esam_kernels.hooks import label
 from esam_kernels.tensor_lists import are_alike, gradients
 
 
@@ -93,7 +94,8 @@ def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor], align: 
 
 
 def _plan_group(base: Optimizer, options: dict[str, Any], align: bool) -> _Group | None:
-    given = zip(options["params"], gradients(options["params"]))
+    held = list(options["params"])
+    given = zip(held, gradients(held))
     pairs = [(param, grad) for param, grad in given if grad is not None and param.numel()]
     params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not are_alike(grads, params):
@@ -135,7 +137,7 @@ def restore_and_step(
     """
     updated = {id(param) for group in plan for param in group.params}
     without = [param for param in perturbed if id(param) not in updated]
-    with torch.no_grad():
+    with torch.no_grad(), label(base, "step"):
         if without:
             ops.restore_(without, [backups[id(param)] for param in without], backend=backend)
         for number, group in enumerate(plan):

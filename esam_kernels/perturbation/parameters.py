@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,14 +34,18 @@ class Parameters:
         flatten: whether they are moved into flat buffers; None: where that is possible.
 
     Raises:
-        ValueError: parameters that are complex, on the meta device, not dense or partly shared, or that cannot be
-            flattened though ``flatten`` is True. Nothing is moved then.
+        ValueError: no parameters, one that is there twice, parameters that are complex, on the meta device, not dense
+            or partly shared, or that cannot be flattened though ``flatten`` is True. Nothing is moved then.
         RuntimeError: the backend that was asked for is not available.
     """
 
     def __init__(self, param_groups: Sequence[dict[str, Any]], backend: str, flatten: bool | None) -> None:
         params = listed(param_groups)
         check(params, backend)
+        if not params:
+            raise ValueError("the parameter groups hold no parameters")
+        if len(set(map(id, params))) != len(params):
+            raise ValueError("a parameter is in the groups twice: it would be updated twice")
         self.tied_to = owners([distributed.local_part(param) for param in params])
         reason = why_not_flattenable(params)
         if flatten and (why := why_not_all_flattenable(params)) is not None:
@@ -55,15 +61,17 @@ class Parameters:
 
     def are_those_of(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups still hold these parameters, in the same order and groups."""
-        if len(param_groups) == 1:
+        if len(param_groups) == 1 and type(param_groups[0]["params"]) is list:
             return are_same(param_groups[0]["params"], self.tensors)
-        sizes = [len(group["params"]) for group in param_groups]
-        return sizes == self._sizes and are_same(listed(param_groups), self.tensors)
+        lists = [group["params"] for group in param_groups]
+        held = itertools.chain.from_iterable(lists)
+        return list(map(len, lists)) == self._sizes and all(map(operator.is_, held, self.tensors))
 
     def refresh(self) -> None:
         """Flatten again if somebody has moved a parameter out of its buffer."""
         if self.buffers is not None and self.buffers.refresh():
             self._find_ties()
+            self.offsets = _element_offsets(self.tensors)
 
     def trained(self) -> list[int]:
         """The numbers of the parameters that train."""

@@ -78,6 +78,18 @@ class StochasticWeightPerturbation:
         self.ascent.renumber(before, self.params)
         return True
 
+    def check_parameters(self) -> None:
+        """Refuse to finish a step with other parameters than it has perturbed.
+
+        Raises:
+            RuntimeError: the groups hold other parameters than at ``first_step``.
+        """
+        if not self.parameters.are_those_of(self.base.param_groups):
+            raise RuntimeError(
+                "the parameters in the groups are others than at first_step: change them between steps, or call "
+                "restore() first"
+            )
+
     @property
     def _operators(self) -> ModuleType:
         return distributed if self.parameters.is_sharded else ops

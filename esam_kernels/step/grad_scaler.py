@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 def restore_and_scaled_step(
     base: Optimizer,
     grad_scale: Tensor | None,
-    found_inf: Tensor | float,
+    found_inf: Tensor,
     restore: Callable[[], None],
     restore_and_update: Callable[[], None],
 ) -> None:
-    """Restore the weights; then the update with the gradients divided by ``grad_scale``, unless ``found_inf``.
+    """Restore the weights; then the update with the gradients divided by ``grad_scale``.
 
     Args:
-        base: a fused one (``fused=True``) takes both numbers on the device; any other waits for it, as GradScaler does.
+        base: a fused one (``fused=True``) takes both numbers on the device, and skips its update by itself.
         grad_scale: None where the gradients are divided already.
-        found_inf: not 0 where a gradient is not finite.
+        found_inf: not 0 where a gradient is not finite; for a fused base optimizer.
         restore: puts the weights back.
         restore_and_update: puts them back and takes the base optimizer's step.
     """
@@ -32,8 +32,6 @@ def restore_and_scaled_step(
             base.step()
         finally:
             del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-    elif bool(found_inf):
-        restore()
     else:
         if grad_scale is not None:
             inverse = grad_scale.double().reciprocal().float()  # in this order, as GradScaler does it

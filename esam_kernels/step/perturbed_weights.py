@@ -54,8 +54,10 @@ class PerturbedWeights:
         """w + e -> w, and the base optimizer's step.
 
         Raises:
-            RuntimeError: sparse gradients. The weights are still perturbed then.
+            RuntimeError: sparse gradients, or other parameters in the groups than were perturbed. The weights are still
+                perturbed then.
         """
+        self._perturbation.check_parameters()
         self._perturbation.check_gradients(may_lack=True)
         self._close()
         self._perturbation.restore_and_update()

@@ -23,12 +23,12 @@ from esam_kernels.selection import (
 )
 from esam_kernels.step.perturbed_weights import PerturbedWeights
 from esam_kernels.step.replay import RandomState
-from esam_kernels.tensor_lists import GradientMarks, drop_gradients, has_node
+from esam_kernels.tensor_lists import GradientMarks, drop_gradients, gradients, inspect_graph
 
 # The backward of reentrant checkpointing, in the graph of a loss.
 _REENTRANT = "CheckpointFunctionBackward"
-# In what autograd says where somebody differentiates under no_grad.
-_NO_GRAD_MESSAGE = "does not require grad"
+# In what torch says where somebody differentiates, or hooks a gradient, under no_grad.
+_NO_GRAD_MESSAGES = ("does not require grad", "doesn't require gradient", "requires_grad=False")
 
 
 class Phases:
@@ -60,8 +60,9 @@ class Phases:
         self._looks_with_grad = False
         # How often the gradients were dropped or zeroed by the optimizer's own zero_grad.
         self.zeroed = 0
-        #: The gradients that the last step left behind.
+        #: The gradients that the last step, or a zero_grad in place since, left behind.
         self.marks = GradientMarks()
+        self.zeroed_in_place = False
 
     def require(self, *, perturbed: bool, call: str) -> None:
         """Refuse ``call`` where the weights are perturbed and should not be, or the other way round.
@@ -102,11 +103,14 @@ class Phases:
     def note_zeroed(self) -> None:
         """The gradients were set to 0 in place: none of them is new."""
         self.zeroed += 1
+        self.zeroed_in_place = True
         self.marks.set(self.perturbation.params)
         self._forget_pass_1()
 
-    def follow(self, parallelism: Parallelism) -> None:
-        """The parameters are others than before."""
+    def follow(self, parallelism: Parallelism, gradients_are_old: bool) -> None:
+        """The parameters are others than before; ``gradients_are_old`` says that no backward has run since the step."""
+        if gradients_are_old:
+            self.marks.set(self.perturbation.params)
         self.parallelism = parallelism
         self.weights = PerturbedWeights(self.perturbation, parallelism, self._model)
         if self._recorder is not None:
@@ -124,34 +128,44 @@ class Phases:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"backward takes the mean loss, one number, got {shape}")
         drawn = [perturbation.params[i] for i in perturbation.drawn()]
-        if not drawn and not perturbation.trained():
+        trained = perturbation.trained()
+        if not trained:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
         with self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext():
-            self._differentiate(loss, drawn)
+            if perturbation.parameters.is_sharded or len(drawn) == len(trained):
+                loss.backward()
+            elif drawn:
+                self._backward_of_some(loss, drawn)
         self._ran_backward = True
 
-    def _differentiate(self, loss: Tensor, drawn: list[Tensor]) -> None:
-        if self.perturbation.parameters.is_sharded:
-            loss.backward()
-        elif drawn:
-            draws_all = len(drawn) == len(self.perturbation.trained())
-            if self.parallelism.synchronizes and not draws_all:
-                raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
-            if not has_node(loss, _REENTRANT):
-                extra = [] if self._recorder is None else self._recorder.also_needed(drawn)
-                own = [param.grad for param in extra]
-                drop_gradients(extra)
-                loss.backward(inputs=[*drawn, *extra])
-                for param, grad in zip(extra, own):
-                    param.grad = grad
-            elif draws_all:
-                loss.backward()
-            else:
-                raise RuntimeError(
-                    "the forward uses torch.utils.checkpoint with use_reentrant=True, which can only compute the "
-                    "gradients of all parameters, and SWP has drawn a part of them: checkpoint with "
-                    'use_reentrant=False, or build the optimizer with mask="element" or beta=1'
-                )
+    def _backward_of_some(self, loss: Tensor, drawn: list[Tensor]) -> None:
+        """The gradients of the parameters ``drawn``, and of no others."""
+        if self.parallelism.synchronizes:
+            raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
+        is_reentrant, hides_some = inspect_graph(loss, drawn, _REENTRANT)
+        settings = self.perturbation.settings
+        if is_reentrant and settings.mask == "tensor" and settings.beta < 1.0:
+            raise RuntimeError(
+                "the forward uses torch.utils.checkpoint with use_reentrant=True, which can only compute the gradients "
+                "of all parameters, and SWP has drawn a part of them: checkpoint with use_reentrant=False, or build "
+                'the optimizer with mask="element" or beta=1'
+            )
+        if not (is_reentrant or hides_some):
+            extra = [] if self._recorder is None else self._recorder.also_needed(drawn)
+            own = gradients(extra)
+            drop_gradients(extra)
+            loss.backward(inputs=[*drawn, *extra])
+            for param, grad in zip(extra, own):
+                param.grad = grad
+            return
+        # A function in the graph runs a backward of its own inside: all gradients, and then only those that were drawn.
+        wanted = set(map(id, drawn))
+        others = [param for param in self.perturbation.params if id(param) not in wanted]
+        before = gradients(others)
+        drop_gradients(others)
+        loss.backward()
+        for param, grad in zip(others, before):
+            param.grad = grad
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -168,21 +182,23 @@ class Phases:
         if zero_grad:
             self.drop_gradients()
 
-    def look(self, losses: Callable[..., Any], batch: tuple[Any, ...]) -> Any:
-        """What the closure returns at w + e, without gradients.
+    def look(self, losses: Callable[..., Any], batch: tuple[Any, ...], noise: Any = None) -> Any:
+        """What the closure returns at w + e, without gradients, with the random numbers that ``noise`` holds.
 
         A closure that differentiates by itself (a gradient penalty, a force field) needs them: it is called again with
         gradients then, and from now on at once.
         """
+        replay = contextlib.nullcontext if noise is None else noise.replay
         if not self._looks_with_grad:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), replay():
                     return losses(*batch)
             except RuntimeError as error:
-                if _NO_GRAD_MESSAGE not in str(error):
+                if not any(text in str(error) for text in _NO_GRAD_MESSAGES):
                     raise
                 self._looks_with_grad = True
-        return losses(*batch)
+        with replay():
+            return losses(*batch)
 
     def num_selected(self, samples: int) -> int:
         """k, the size of B+. Where nothing is perturbed it is the whole batch."""
@@ -317,6 +333,7 @@ class Phases:
         params = self.perturbation.params
         self.perturbation.ascent.remember(params)
         state.note(self.perturbation)
+        self.zeroed_in_place = False
         self.marks.set(params)
 
     @torch.no_grad()

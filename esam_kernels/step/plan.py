@@ -16,6 +16,7 @@ from torch import Tensor
 from esam_kernels.selection import batch_size, losses_and_rest, num_selected
 from esam_kernels.step.grad_scaler import nan_unless_finite, scaled
 from esam_kernels.step.phases import Phases
+from esam_kernels.tensor_lists import drop_gradients, gradients
 
 Losses = Callable[..., Any]
 Parts = list[tuple[Any, ...]]
@@ -56,13 +57,18 @@ class BaseStep:
 
     def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
         """One pass over each part."""
-        samples = sum(map(batch_size, parts))
+        samples, params = sum(map(batch_size, parts)), phases.perturbation.params
         results = []
         for number, part in enumerate(parts, start=1):
             here = batch_size(part)
             alone = phases.parallelism.without_synchronization
             with contextlib.nullcontext() if number == len(parts) else alone():
+                summed = gradients(params) if number > 1 else []
+                drop_gradients(params)
                 losses_of_part, rest = losses_and_rest(losses(*part), here)
+                drop_gradients(phases.perturbation.params)  # those of an attack inside the closure
+                for param, grad in zip(params, summed):
+                    param.grad = grad
                 loss = losses_of_part.mean()
                 scaled(loss if here == samples else loss * (here / samples), scaler).backward()
             results.append((loss.detach(), rest))
@@ -125,6 +131,7 @@ class TwoPasses:
 
         with alone():
             loss_before, rest = losses_and_rest(losses(*batch), samples)
+            drop_gradients(phases.perturbation.params)  # those of an attack inside the closure
             loss = loss_before.mean()
             phases.backward(scaled(loss, scaler))
         phases.first_step(zero_grad=True)
@@ -134,8 +141,8 @@ class TwoPasses:
         if k < samples or (gamma < 1.0 and phases.parallelism.forward_communicates):
             loss_after = None
             if phases.ranking.looks_again:
-                with alone(), noise.replay() if noise else contextlib.nullcontext():
-                    loss_after, _ = losses_and_rest(phases.look(losses, batch), samples)
+                with alone():
+                    loss_after, _ = losses_and_rest(phases.look(losses, batch, noise), samples)
             chosen = phases.select(loss_before, loss_after, *batch)
             batch = chosen if len(batch) > 1 else (chosen,)
 

@@ -37,6 +37,7 @@ class WholeStep:
         micro_batch: int | None,
         max_grad_norm: float | None,
         scaler: torch.amp.GradScaler | None,
+        first_gradients: bool | None,
     ) -> Any:
         """What ``step`` returns. If anything raises, the weights are restored."""
         phases = self._phases
@@ -55,16 +56,34 @@ class WholeStep:
         phases.require(perturbed=False, call="step")
         if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
             raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
+        if batch and first_gradients is not None:
+            raise ValueError(
+                "first_gradients belongs to step(closure): with a batch, step computes all gradients itself"
+            )
         with torch.enable_grad():
             try:
                 if batch:
                     return self._on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
-                loss = self._closures.run(phases, closure)
+                loss = self._closures.run(phases, closure, first_gradients)
                 phases.update()
                 return loss
             except BaseException:
                 phases.give_up()
                 raise
+
+    def is_skipped(self, found_inf: Tensor) -> bool:
+        """Whether a GradScaler skips the update that ends this step, which is then given up.
+
+        A base optimizer that looks at ``found_inf`` itself, on the device, is left to do so.
+        """
+        phases = self._phases
+        if getattr(phases.perturbation.base, "_step_supports_amp_scaling", False):
+            return False
+        if not (phases.weights.is_open and bool(found_inf)):
+            return False
+        phases.restore()
+        phases.end()
+        return True
 
     def _on_batch(
         self,

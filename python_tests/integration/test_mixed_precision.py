@@ -311,3 +311,66 @@ def test_masters_are_updated_as_by_hand():
         optimizer.step(losses_of(model), inputs.to(torch.bfloat16), targets)
     for name, value in by_hand().items():
         torch.testing.assert_close(snapshot(model)[name], value, rtol=2**-7, atol=1e-3)
+
+
+# -- What a GradScaler cannot be asked for -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_scaler_that_calls_a_closure_is_refused_and_changes_no_weight(perturbed):
+    """The closure would scale its gradients after the scaler has looked at them."""
+    model, optimizer = build(batch_norm=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    before = snapshot(model)
+
+    def closure():
+        loss = losses_of(model)(*batch(0)).mean()
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    if perturbed:
+        optimizer.first_step(zero_grad=True)
+        closure()
+    with pytest.raises(RuntimeError, match=r"would scale the gradients twice.*scaler=scaler"):
+        scaler.step(optimizer, closure)
+    optimizer.restore()
+    assert_same_bits(before, snapshot(model))
+
+
+def test_a_disabled_scaler_takes_a_closure():
+    model, optimizer = build(batch_norm=False)
+    other, expected = build(batch_norm=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for which, its, step in (
+        (model, optimizer, lambda closure: scaler.step(optimizer, closure)),
+        (other, expected, expected.step),
+    ):
+
+        def closure():
+            its.zero_grad()
+            loss = losses_of(which)(*batch(0)).mean()
+            loss.backward()
+            return loss
+
+        torch.manual_seed(0)
+        step(closure)
+    assert_same_bits(snapshot(model), snapshot(other))
+
+
+def test_a_step_without_a_closure_at_rate_zero_is_the_base_optimizers_and_says_so_once(caplog):
+    """torch.distributed.checkpoint makes an optimizer create its state in this way."""
+    model, optimizer = build("adamw")
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = snapshot(model)
+    losses_of(model)(*batch(0)).mean().backward()
+    with caplog.at_level("WARNING", logger="esam_kernels"):
+        for _ in range(2):
+            optimizer.step()
+    assert [record.message.count("base optimizer's step alone") for record in caplog.records] == [1]
+    assert len(optimizer.state) == len(list(model.parameters()))
+    after = snapshot(model)
+    assert_same_bits(*({name: state[name] for name, _ in model.named_parameters()} for state in (before, after)))
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="step needs a closure"):
+        optimizer.step()

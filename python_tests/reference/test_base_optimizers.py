@@ -1,5 +1,7 @@
 """Contract point 11: beta = gamma = 1 is SAM, rho = 0 is the base optimizer; and any base optimizer works."""
 
+import functools
+
 import oracles
 import pytest
 import torch
@@ -216,3 +218,39 @@ def test_the_base_optimizers_step_hooks_are_called():
     optimizer.register_step_post_hook(lambda *_: calls.append("whole"))
     optimizer.step(oracles.losses_of(model), *oracles.batch())
     assert calls == ["base", "whole"]
+
+
+@pytest.mark.parametrize("as_instance", [False, True])
+def test_options_that_cannot_be_honoured_are_refused(as_instance):
+    model = oracles.mlp()
+    for base, options, error, message in (
+        (torch.optim.SparseAdam, {}, TypeError, "SparseAdam.*sparse gradients"),
+        (torch.optim.SGD, {"differentiable": True}, ValueError, "differentiable=True is not supported"),
+        (torch.optim.AdamW, {"differentiable": True}, ValueError, "differentiable=True is not supported"),
+    ):
+        given = (base(model.parameters(), **options), {}) if as_instance else (base, options)
+        call = functools.partial(ESAM, model.parameters(), given[0], **given[1])
+        oracles.assert_refused(call, error, message, model)
+
+
+def test_a_differentiable_group_that_is_added_later_is_refused_and_nothing_is_changed():
+    model = oracles.mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    group = {"params": [nn.Parameter(torch.ones(2))], "differentiable": True}
+    oracles.assert_refused(
+        lambda: optimizer.add_param_group(group), ValueError, "differentiable=True", model, optimizer
+    )
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"lr": torch.tensor(0.1)}])
+def test_options_that_choose_another_implementation_change_no_step(options):
+    weights = []
+    for chosen in ({}, options):
+        model = oracles.mlp()
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, **{"lr": 0.1, **chosen}, rho=0.3)
+        for step in range(3):
+            optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
+        weights.append(oracles.weights_of(model))
+    for one, other in zip(*weights):
+        torch.testing.assert_close(one, other)

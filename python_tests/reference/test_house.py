@@ -13,7 +13,7 @@ PACKAGE = Path(esam_kernels.__file__).parent
 FLOORS = [
     ["logs"],
     ["backends"],
-    ["settings", "tensor_lists", "device_numbers"],
+    ["settings", "tensor_lists", "device_numbers", "hooks"],
     ["ops", "normalization"],
     ["distributed"],
     ["selection"],

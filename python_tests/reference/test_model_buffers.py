@@ -10,6 +10,7 @@ from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations
 
+from esam_kernels import ESAM
 from esam_kernels.step import replay
 from esam_kernels.step.replay import SMALL_BUFFER, ModelBuffers, RandomState
 
@@ -322,3 +323,43 @@ def test_the_random_state_of_a_split_model_holds_every_device(monkeypatch):
         pass
     assert written == states
     assert forked == [0, 1]
+
+
+# -- whole steps -------------------------------------------------------------------------------------------------------
+
+
+def one_step(way, model, optimizer, batch):
+    losses = oracles.losses_of(model)
+    if way == "batch":
+        optimizer.step(losses, *batch)
+    elif way == "micro batches":
+        optimizer.step(losses, *batch, micro_batch=len(batch[0]))
+    elif way == "phases":
+        losses(*batch).mean().backward()
+        optimizer.first_step(zero_grad=True)
+        losses(*batch).mean().backward()
+        optimizer.second_step(zero_grad=True)
+    else:
+
+        def closure():
+            optimizer.zero_grad()
+            loss = losses(*batch).mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("way", ["batch", "micro batches", "phases", "closure"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_moves_the_buffers_as_one_forward_does(kind, way):
+    """lr = 0: the weights of the next step are those that the lone model has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), KINDS[kind](), nn.Linear(6, 3))
+    alone = copy.deepcopy(model)
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, gamma=0.5, model=model)
+    for _ in range(3):
+        batch = torch.randn(8, 5), torch.randint(3, (8,))
+        alone(batch[0])
+        one_step(way, model, optimizer, batch)
+        assert same(state(model), state(alone))
