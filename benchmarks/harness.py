@@ -7,24 +7,26 @@ before leaves the caches and the allocator to who comes next.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clocks import CACHE_MULTIPLE, cache_bytes, captured, clock_of
+
 OURS = "ours"
 
-# Twice the last-level cache between two uses of the same memory leaves nothing of it there.
-CACHE_MULTIPLE = 2
 MAX_BUFFER_SETS = 64
 # Large against every cache, small against the time of a case.
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+LEAST_COPY = 1 << 12
 MAX_ROUNDS = 1000
 # The first calls may compile, allocate or load: they are not part of anything.
 WARM_UP_ROUNDS = 2
@@ -95,69 +97,16 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return at(0.2), at(0.5), at(0.8)
 
 
-def cache_bytes(device: torch.device) -> int:
-    """The size of the last-level cache."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 << 20)
-
-
 def buffer_sets(bytes_per_set: int, device: torch.device) -> int:
     """How many sets of buffers have to take turns so that each is cold again when its turn comes."""
     return min(MAX_BUFFER_SETS, 1 + -(-CACHE_MULTIPLE * cache_bytes(device) // max(1, bytes_per_set)))
-
-
-# -- clocks ------------------------------------------------------------------------------------------------------------
-
-
-def wall_clock(run: Callable[[], Any]) -> float:
-    """Seconds until ``run`` returns. On the CPU that is its time; on CUDA it is the host's share of it."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def host_clock(run: Callable[[], Any]) -> float:
-    """The host's share on CUDA: the device is idle at the start, and is not waited for."""
-    torch.cuda.synchronize()
-    return wall_clock(run)
-
-
-def event_clock(run: Callable[[], Any]) -> float:
-    """Seconds between two CUDA events around ``run``; the device is idle before."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` as a CUDA graph; calling it replays the graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def clock_of(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    return event_clock if device.type == "cuda" else wall_clock
 
 
 # -- a case ------------------------------------------------------------------------------------------------------------
 
 
 def copy_contender(device: torch.device, nbytes: int | None = None) -> Contender:
-    """A plain copy: the bandwidth that everything is held against."""
+    """A plain copy of ``nbytes``: the bandwidth that everything is held against."""
     size = nbytes or COPY_BYTES[device.type]
     source, target = (torch.full((size // 4,), 1.0, device=device) for _ in range(2))
     return Contender("copy", [lambda: target.copy_(source)], bytes_moved=2 * source.nbytes)
@@ -177,9 +126,9 @@ def measure(
     """Time ``contenders``, of which the first is ours, in alternation.
 
     A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours,
-    the peers in random order;
-    then a plain copy, and in a case of microseconds an untimed run of each: the copy has emptied the caches of code as
-    well. There are at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as
+    the peers in random order; then a plain copy, and in a case of microseconds an untimed run of each: the copy has
+    emptied the caches of code as well. A peer that fails when it is warmed up is left out, with a line that says so.
+    There are at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as
     ``seconds`` hold.
     """
     ours, *peers = contenders
@@ -189,17 +138,14 @@ def measure(
     result = Measurement(bytes_moved={contender.name: contender.bytes_moved for contender in contenders})
     samplers = {}
     for contender in contenders:
-        graphed = device.type == "cuda" and contender.capturable
-        runs = [captured(run) for run in contender.runs] if graphed else contender.runs
-        samplers[contender.name] = _sampler(runs, contender.prepare, clock)
-        result.timing[contender.name] = "graph replay" if graphed else clock.__name__.replace("_", " ")
-    copy = copy_contender(device, copy_bytes) if with_copy else None
+        guard = contextlib.nullcontext() if contender is ours else left_out_if_it_fails(contender.name)
+        with guard:
+            samplers[contender.name] = _warm_sampler(contender, device, clock, result)
+    contenders = [contender for contender in contenders if contender.name in samplers]
+    peers = contenders[1:]
+    copy = copy_contender(device, copy_bytes or _same_bytes(ours, device)) if with_copy else None
     copy_sampler = _sampler(copy.runs, copy.prepare, clock) if copy else None
     result.copy_bytes = copy.bytes_moved or 0 if copy else 0
-
-    for sample in samplers.values():
-        for _ in range(WARM_UP_ROUNDS):
-            sample()
     if copy_sampler:
         copy_sampler()
     result.pairs = {peer.name: [] for peer in peers}
@@ -223,6 +169,36 @@ def measure(
         if number >= max_rounds or (number >= enough and elapsed >= seconds):
             return result
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def left_out_if_it_fails(name: str) -> Iterator[None]:
+    """Around what makes a peer: where that fails it says so, and the others are measured."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        print(f"{name}: FAILED, left out of this case", flush=True)
+
+
+def _warm_sampler(
+    contender: Contender, device: torch.device, clock: Callable[[Callable[[], Any]], float], result: Measurement
+) -> Callable[[], float]:
+    """What times a contender, after the runs that compile, allocate or load."""
+    graphed = device.type == "cuda" and contender.capturable
+    runs = [captured(run) for run in contender.runs] if graphed else contender.runs
+    sample = _sampler(runs, contender.prepare, clock)
+    for _ in range(WARM_UP_ROUNDS):
+        sample()
+    result.timing[contender.name] = "graph replay" if graphed else clock.__name__.replace("_", " ")
+    return sample
+
+
+def _same_bytes(contender: Contender, device: torch.device) -> int | None:
+    """On a GPU, the size of a copy that moves as many bytes: a small one is not at the bandwidth of a large one."""
+    if device.type != "cuda" or contender.bytes_moved is None:
+        return None
+    return min(COPY_BYTES["cuda"], max(LEAST_COPY, contender.bytes_moved // 2))
 
 
 def _sampler(

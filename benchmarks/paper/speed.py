@@ -11,7 +11,8 @@ from torch import Tensor
 from train import parse_options
 from trainer import Trainer
 
-from benchmarks.harness import clock_of, quantiles
+from benchmarks.clocks import clock_of
+from benchmarks.harness import quantiles
 from benchmarks.paper.experiment import Settings
 from benchmarks.rows import Row
 

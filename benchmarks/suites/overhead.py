@@ -10,7 +10,8 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.cases import Shape
-from benchmarks.harness import Contender, host_clock, quantiles, wall_clock
+from benchmarks.clocks import host_clock, wall_clock
+from benchmarks.harness import Contender, quantiles
 from benchmarks.rows import Row, of_measurement
 from benchmarks.suites import BETA, RHO, SGD, Case, Context
 from esam_kernels import ESAM

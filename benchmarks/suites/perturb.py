@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.cases import LARGE, Shape, numel
-from benchmarks.harness import CACHE_MULTIPLE, Contender, cache_bytes
+from benchmarks.clocks import CACHE_MULTIPLE, cache_bytes
+from benchmarks.harness import Contender
 from benchmarks.rows import Row, of_measurement
 from benchmarks.suites import BETA, DTYPES, RHO, SGD, Case, Context
 from esam_kernels import ESAM, ops

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import harness, rows
+from benchmarks import clocks, harness, rows
 from benchmarks.harness import Contender, Measurement
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_preparation_is_not_timed_and_buffers_take_turns():
 
 
 def test_buffer_sets_exceed_the_cache_twice_over():
-    cache = harness.cache_bytes(CPU)
+    cache = clocks.cache_bytes(CPU)
     assert cache >= 1 << 20
     for size in (cache // 16, cache, 10 * cache):
         assert (harness.buffer_sets(size, CPU) - 1) * size >= harness.CACHE_MULTIPLE * cache
@@ -157,3 +157,56 @@ def test_rows_say_where_and_with_what_they_were_measured():
     names = {"device", "python", "torch", "triton", "esam_kernels", "commit", "threads", "date", "load", "samples"}
     assert names <= set(found)
     assert found["torch"] == torch.__version__
+
+
+def test_a_peer_that_fails_costs_its_own_number_only(capsys):
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    measured = measure(
+        [Contender("ours", [lambda: 1.0]), Contender("a", [fail]), Contender("b", [lambda: 2.0])], rounds=3
+    )
+    assert measured.pairs == {"b": [(1.0, 2.0)] * 3}
+    assert "a: FAILED" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure([Contender("ours", [fail])])
+
+
+def test_a_gpu_is_timed_from_clean_caches_and_while_it_is_busy(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, other):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(("sleep", cycles)))
+    monkeypatch.setattr(clocks, "read_through_cache", lambda index: order.append("read"))
+    assert clocks.event_clock(lambda: order.append("run")) == 3e-3
+    assert order == ["synchronize", "read", ("sleep", 200_000), "record", "run", "record", "wait"]
+
+
+def test_reading_through_the_cache_writes_nothing(monkeypatch):
+    memory = torch.zeros(1000)
+    monkeypatch.setattr(clocks, "_unchanged_memory", lambda index: memory)
+    version = memory._version
+    clocks.read_through_cache(0)
+    assert memory._version == version
+
+
+@pytest.mark.parametrize(("moved", "size"), [(None, None), (10_000, 5_000), (10, 1 << 12), (1 << 40, 1 << 30)])
+def test_on_a_gpu_the_copy_moves_as_many_bytes_as_ours(moved, size):
+    contender = Contender("ours", [lambda: 1.0], bytes_moved=moved)
+    assert harness._same_bytes(contender, torch.device("cuda")) == size
+    assert harness._same_bytes(contender, CPU) is None

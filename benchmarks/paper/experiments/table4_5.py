@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import clock_of, quantiles
+from benchmarks.clocks import clock_of
+from benchmarks.harness import quantiles
 from benchmarks.paper import plotting
 from benchmarks.paper.experiment import Claim, Experiment, Settings, Unit
 from benchmarks.rows import Row, device_name
