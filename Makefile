@@ -17,7 +17,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: docs docs-serve dist matrix train test lint format codegen bench paper gpu gpu-tests gpu-bench doctor clean
+.PHONY: docs docs-serve dist matrix train test lint format codegen bench paper gpu doctor clean
 
 train: $(READY)
 	$(RUN) examples/train.py $(ARGS)
@@ -47,16 +47,11 @@ paper: $(READY)
 	$(RUN) -m benchmarks.paper $(NAME) $(ARGS)
 	$(RUN) -m benchmarks.paper report
 
-# On a machine with a CUDA device: builds the extensions in place, runs the GPU tests, compute-sanitizer and the GPU's
-# share of the benchmarks, in under nine minutes, without network. Rows, log and plots: benchmarks/results/<device>/.
+# On a machine with a CUDA device, without network: all stages in order, going on where an earlier call stopped, or
+# make gpu STAGE=build|kernels|steps|graphs|large|sanitizer|perturb|steps-bench|loss|memory. A call takes less than nine
+# minutes, a stage by itself less than eight. Rows, logs, JUnit XML: benchmarks/results/<device>/, and under $OUT.
 gpu: $(READY)
-	@$(RUN) -m benchmarks.gpu tests bench
-
-gpu-tests: $(READY)
-	@$(RUN) -m benchmarks.gpu tests
-
-gpu-bench: $(READY)
-	@$(RUN) -m benchmarks.gpu bench
+	@$(RUN) -m benchmarks.gpu $(STAGE)
 
 # The site, in build/site: a warning, a broken link or an undocumented public name fails.
 docs: $(READY)

@@ -69,6 +69,7 @@ class Measurement:
     copy_bytes: int = 0
     bytes_moved: dict[str, int | None] = field(default_factory=dict)
     timing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # peers that have no number, and why
 
     def times(self, name: str) -> list[float]:
         return self.ours if name == OURS else [peer for _, peer in self.pairs[name]]
@@ -127,41 +128,43 @@ def measure(
 
     A round is ours, a peer, ours, the next peer, and so on, in every second round the peer, ours, the next peer, ours,
     the peers in random order; then a plain copy, and in a case of microseconds an untimed run of each: the copy has
-    emptied the caches of code as well. A peer that fails when it is warmed up is left out, with a line that says so.
-    There are at least ``min_rounds`` (fewer in a case that takes far longer than ``seconds``), and as many as
-    ``seconds`` hold.
+    emptied the caches of code as well. There are at least ``min_rounds`` (fewer in a case that takes far longer than
+    ``seconds``), and as many as ``seconds`` hold. A peer that raises leaves the case, and is named in ``failed``; what
+    ours raises goes on.
     """
     ours, *peers = contenders
     if ours.name != OURS:
         raise ValueError(f"the first contender must be {OURS!r}, got {ours.name!r}")
     clock = clock or clock_of(device)
     result = Measurement(bytes_moved={contender.name: contender.bytes_moved for contender in contenders})
-    samplers = {}
+    samplers: dict[str, Callable[[], float]] = {}
     for contender in contenders:
-        guard = contextlib.nullcontext() if contender is ours else left_out_if_it_fails(contender.name)
-        with guard:
+        with _guarded(contender.name, result):
             samplers[contender.name] = _warm_sampler(contender, device, clock, result)
-    contenders = [contender for contender in contenders if contender.name in samplers]
-    peers = contenders[1:]
     copy = copy_contender(device, copy_bytes or _same_bytes(ours, device)) if with_copy else None
     copy_sampler = _sampler(copy.runs, copy.prepare, clock) if copy else None
     result.copy_bytes = copy.bytes_moved or 0 if copy else 0
     if copy_sampler:
         copy_sampler()
-    result.pairs = {peer.name: [] for peer in peers}
+    result.pairs = {peer.name: [] for peer in peers if peer.name in samplers}
     shuffled = random.Random(0)
     start = time.perf_counter()
     for number in itertools.count(1):
-        for peer in shuffled.sample(peers, len(peers)):
-            pair = (OURS, peer.name) if number % 2 else (peer.name, OURS)
-            times = {name: samplers[name]() for name in pair}
+        for peer in shuffled.sample(list(result.pairs), len(result.pairs)):
+            times = {}
+            for name in (OURS, peer) if number % 2 else (peer, OURS):
+                with _guarded(name, result):
+                    times[name] = samplers[name]()
             result.ours.append(times[OURS])
-            result.pairs[peer.name].append((times[OURS], times[peer.name]))
-        if not peers:
+            if peer in times:
+                result.pairs[peer].append((times[OURS], times[peer]))
+            else:
+                del result.pairs[peer], samplers[peer]
+        if not result.pairs:
             result.ours.append(samplers[OURS]())
         if copy_sampler:
             result.copies.append(copy_sampler())
-            if sum(result.times(contender.name)[-1] for contender in contenders) < SHORT_ROUND:
+            if sum(result.times(name)[-1] for name in samplers) < SHORT_ROUND:
                 for sample in samplers.values():
                     sample()
         elapsed = time.perf_counter() - start
@@ -172,13 +175,16 @@ def measure(
 
 
 @contextlib.contextmanager
-def left_out_if_it_fails(name: str) -> Iterator[None]:
-    """Around what makes a peer: where that fails it says so, and the others are measured."""
+def _guarded(name: str, result: Measurement) -> Iterator[None]:
+    """A peer that fails costs its own number only."""
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if name == OURS:
+            raise
         traceback.print_exc()
         print(f"{name}: FAILED, left out of this case", flush=True)
+        result.failed[name] = f"{type(error).__name__}: {error}"
 
 
 def _warm_sampler(

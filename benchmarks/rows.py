@@ -64,7 +64,7 @@ def _triton_version() -> str | None:
 
 
 def commit() -> str:
-    """The commit that was measured; "+" behind it where the code differs from it."""
+    """The commit that was measured; "+" behind it where the code differs from it. Without git, ESAM_COMMIT says it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -73,7 +73,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", "esam_kernels", "csrc", "benchmarks/*.py", "examples/*.py")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ESAM_COMMIT") or "unknown"
 
 
 def of_measurement(
@@ -97,6 +97,8 @@ def of_measurement(
         if moved and copy:
             row |= {"copy_gb_s": _round(copy / 1e9), "copy_share": _round(moved / p50 / copy)}
         row["timing"] = measurement.timing.get(name, "wall clock")
+        if name == OURS and measurement.failed:
+            row["failed"] = dict(measurement.failed)
         result.append(row | more | environment(device))
     return result
 

@@ -11,6 +11,7 @@ from benchmarks.cases import Sizes
 from benchmarks.harness import Contender, Measurement, measure
 from benchmarks.rows import Row
 
+INDUCTOR = "compile"  # the peer that torch.compile makes
 RHO, BETA, GAMMA = 0.05, 0.6, 0.5
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,6 +23,7 @@ class Context:
     sizes: Sizes
     backend: str | None = None
     default_heap: bool = False  # also for the suites that keep the heap's memory otherwise
+    inductor: str = "with"  # peers of torch.compile: "with", "without", or "only" them (and ours, to pair them with)
 
     def measure(self, contenders: list[Contender], seconds: float, **options: object) -> Measurement:
         defaults = {"min_rounds": self.sizes.min_rounds, "copy_bytes": self.sizes.copy_bytes}
@@ -48,3 +50,4 @@ class Case:
     name: str
     seconds: float  # of a run of five minutes
     run: Callable[[float], list[Row]]
+    has_inductor: bool = False  # whether a peer of torch.compile is in it

@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.cases import Shape
 from benchmarks.harness import Contender, buffer_sets
 from benchmarks.rows import Row, of_measurement
-from benchmarks.suites import GAMMA, Case, Context
+from benchmarks.suites import GAMMA, INDUCTOR, Case, Context
 from esam_kernels import cross_entropy, gather, ops, select
 
 Run = Callable[..., Any]
@@ -68,11 +68,11 @@ def _case(
         measurement = context.measure(contenders, seconds)
         return of_measurement("loss", title, measurement, context.device, unit="us", backend=context.backend_name())
 
-    return Case(title, seconds, run)
+    return Case(title, seconds, run, has_inductor=INDUCTOR in runs)
 
 
 def _with_compiled(context: Context, runs: dict[str, Run], function: Run, numel: int) -> dict[str, Run]:
-    if not context.sizes.compiles or numel > MAX_COMPILED_NUMEL:
+    if not context.sizes.compiles or context.inductor == "without" or numel > MAX_COMPILED_NUMEL:
         return runs
     holder: list[Run] = []
 
@@ -81,7 +81,8 @@ def _with_compiled(context: Context, runs: dict[str, Run], function: Run, numel:
             holder.append(peers.compiled(function))
         return holder[0](*buffers)
 
-    return {**runs, "compile": compiled}
+    others = {} if context.inductor == "only" else runs
+    return {"ours": runs["ours"], **others, INDUCTOR: compiled}
 
 
 def _cross_entropy(context: Context, shape: Shape, backward: bool) -> Case:

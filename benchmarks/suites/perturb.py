@@ -20,7 +20,7 @@ from benchmarks.cases import LARGE, Shape, numel
 from benchmarks.clocks import CACHE_MULTIPLE, cache_bytes
 from benchmarks.harness import Contender
 from benchmarks.rows import Row, of_measurement
-from benchmarks.suites import BETA, DTYPES, RHO, SGD, Case, Context
+from benchmarks.suites import BETA, DTYPES, INDUCTOR, RHO, SGD, Case, Context
 from esam_kernels import ESAM, ops
 
 # Values that have to be read or written for each weight (section "Speed" of the design).
@@ -33,11 +33,12 @@ MANY = 500_000_000
 
 def cases(context: Context) -> Iterator[Case]:
     names = list(context.sizes.parameters)
+    compiles = context.sizes.compiles and context.inductor != "without"
     first, others = names[:COMPILED_NETWORKS], names[COMPILED_NETWORKS:]
     for name in first:
         for dtype in DTYPES:
             for mask in ("tensor", "element"):
-                yield _case(context, name, dtype, mask, 5.0, compiles=context.sizes.compiles and dtype == "fp32")
+                yield _case(context, name, dtype, mask, 5.0, compiles=compiles and dtype == "fp32")
         for dtype in DTYPES:
             yield from _stage_cases(context, name, dtype, 1.5)
     if LARGE in others:
@@ -57,7 +58,7 @@ def _case(context: Context, name: str, dtype: str, mask: str, seconds: float, co
         contenders = lists.whole(mask, compiles)
         return _rows(context, lists, title, context.measure(contenders, seconds))
 
-    return Case(title, seconds, run)
+    return Case(title, seconds, run, has_inductor=compiles)
 
 
 def _stage_cases(context: Context, name: str, dtype: str, seconds: float) -> Iterator[Case]:
@@ -145,10 +146,12 @@ class Lists:
             moves = perturb(params, self.first, RHO, element_beta=element_beta)
             update(params, moves, self.second, buffers, *SGD.values())
 
-        return Contender("compile", [run], self.evict, self.bytes_of(NORM + PERTURB + RESTORE_SGD))
+        return Contender(INDUCTOR, [run], self.evict, self.bytes_of(NORM + PERTURB + RESTORE_SGD))
 
     def whole(self, mask: str, compiles: bool) -> list[Contender]:
         """Ours and its peers. With the element mask "published" and "foreach" draw none: they do less."""
+        if self.context.inductor == "only":
+            return [self._ours(mask), self._compiled(BETA if mask == "element" else 1.0)]
         contenders = [self._ours(mask), self._published("foreach", True, 1.0)]
         if self.numel <= MANY:
             contenders.append(self._published("published", False, 1.0))

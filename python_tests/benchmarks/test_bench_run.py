@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from benchmarks import harness, heap, peers, rows, run
 from benchmarks.cases import TINY, sizes_of
+from benchmarks.gpu.journal import Journal
 from benchmarks.suites import Case, Context, kept_heap, loss, memory, modes, overhead, perturb, step
 
 CPU = torch.device("cpu")
@@ -46,10 +49,12 @@ def test_memory_suite_compares_with_sgd_in_both_kinds_of_heap(monkeypatch):
         return {"peak": peaks[step], "above_model": 1.0}
 
     monkeypatch.setattr(memory, "in_fresh_process", in_fresh_process)
-    for case in memory.cases(Context(CPU, TINY)):
-        above = {row["implementation"]: row["above_sgd"] for row in case.run(0.0)}
-        assert above["ESAM, ours"] == 1.0
-        assert above["SAM, published"] == 50.0
+    found = [row for case in memory.cases(Context(CPU, TINY)) for row in case.run(0.0)]
+    assert len({rows.key(row) for row in found}) == len(found) == 14
+    above: dict[str, set[float]] = {}
+    for row in found:
+        above.setdefault(row["implementation"], set()).add(row["above_sgd"])
+    assert (above["SGD"], above["ESAM, ours"], above["SAM, published"]) == ({0.0}, {1.0}, {50.0})
     assert heaps == [{}] * 7 + [{"MALLOC_MMAP_THRESHOLD_": "1048576"}] * 7
 
 
@@ -128,9 +133,82 @@ def test_a_case_that_fails_loses_no_other_row(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loss, "cases", cases)
     deadline = harness.time.monotonic() + 100
-    assert run.run_suite("loss", Context(CPU, TINY), deadline, 1.0, "", tmp_path) == ["second"]
+    assert run.run_suite("loss", Context(CPU, TINY), deadline, 1.0, "", tmp_path).failed == ["second"]
     assert [row["case"] for row in rows.load(tmp_path / "loss.json")] == ["first", "third"]
     assert "second: FAILED, ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_what_the_journal_holds_is_not_measured_again(tmp_path, monkeypatch):
+    """A call that was cut off goes on; another commit begins anew."""
+    ran = []
+
+    def cases(_):
+        for name in ("first", "second"):
+            row = {"suite": "loss", "case": name, "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+            yield Case(name, 1.0, lambda _, name=name, row=row: ran.append(name) or [row])
+
+    monkeypatch.setattr(loss, "cases", cases)
+    for commit in ("a", "a", "b"):
+        run_loss(tmp_path, commit)
+    assert ran == ["first", "second", "first", "second"]
+
+
+def test_a_case_that_kills_its_process_is_tried_twice(tmp_path, monkeypatch):
+    """Its third call passes over it, and reaches what comes after it."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(_):
+        raise Killed
+
+    good = {"suite": "loss", "case": "good", "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+    monkeypatch.setattr(loss, "cases", lambda _: iter([Case("bad", 1.0, killed), Case("good", 1.0, lambda _: [good])]))
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_loss(tmp_path)
+    assert run_loss(tmp_path).failed == ["bad"]
+    entries = Journal(tmp_path / "j.jsonl", "a commit").entries()
+    assert {name: entry["outcome"] for name, entry in entries.items()} == {"bad": "failed", "good": "passed"}
+
+
+def run_loss(folder, commit="a commit"):
+    journal = Journal(folder / "j.jsonl", commit)
+    return run.run_suite("loss", Context(CPU, TINY), harness.time.monotonic() + 100, 1.0, "", folder, journal)
+
+
+def test_a_peer_that_fails_is_named_and_costs_its_own_number_only(tmp_path, monkeypatch, capsys):
+    build = step.training_step
+
+    def training_step(context, name, *rest):
+        if name == "published":
+            raise RuntimeError("cannot be made")
+        return build(context, name, *rest)
+
+    monkeypatch.setattr(step, "training_step", training_step)
+    deadline = harness.time.monotonic() + 100
+    ended = run.run_suite("step", Context(CPU, TINY), deadline, 0.001, "fp32 SAM(SGD)", tmp_path)
+    assert ended.failed == ["cnn b4 fp32 SAM(SGD): published"]
+    ours, alone = rows.load(tmp_path / "step.json")
+    assert ours["failed"] == {"published": "RuntimeError: cannot be made"}
+    assert (alone["implementation"], alone["ratio"] > 0) == ("SGD alone", True)
+    assert "FAILED, without a number: cnn b4 fp32 SAM(SGD): published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", [loss, perturb])
+def test_contenders_of_inductor_have_a_run_of_their_own(suite, monkeypatch):
+    """With the others nothing is compiled; alone, each stands beside ours."""
+    compiled, sizes = [], dataclasses.replace(TINY, compiles=True)
+    monkeypatch.setattr(peers, "compiled", lambda function: compiled.append(function) or function)
+    implementations = {}
+    for which in ("without", "only"):
+        cases = list(suite.cases(Context(CPU, sizes, inductor=which)))
+        chosen = [case for case in cases if which == "without" or case.has_inductor]
+        found = [row for case in chosen for row in case.run(0.0)]
+        implementations[which] = {row["implementation"] for row in found}
+        assert bool(compiled) == (which == "only")
+    assert "compile" not in implementations["without"]
+    assert implementations["only"] == {"ours", "compile"}
 
 
 def test_peers_move_the_weights_as_ours_does():

@@ -1,14 +1,18 @@
 """compute-sanitizer's memcheck and racecheck over a small set of kernels: ``python python_tests/gpu/sanitize.py``.
 
-Ends with 0 where nothing was found, or where the tool is not installed (and says so); with 2 without a GPU.
+``--seconds`` is the time for both; what the first leaves over, the second may use. Ends with 0
+where nothing was found, or where the tool is not installed (and says so); with 2 without a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 100  # each; everything runs some ten to fifty times slower under the tool
+SECONDS = 200.0  # everything runs some ten to fifty times slower under the tool
 FOUND = 9
 
 
@@ -53,27 +57,43 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing for compute-sanitizer to watch", file=sys.stderr)
         return 2
-    if "--inside" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inside", action="store_true", help="run the kernels themselves")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    given = parser.parse_args()
+    if given.inside:
         small_set()
         return 0
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer: not installed, not run")
         return 0
-    # One allocation a tensor: torch's cache would make neighbours of tensors, and hide an overrun.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    deadline = time.monotonic() + given.seconds
     failed = False
-    for tool in TOOLS:
+    for number, tool in enumerate(TOOLS):
+        seconds = (deadline - time.monotonic()) / (len(TOOLS) - number)
         command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, __file__, "--inside"]
-        print(f"compute-sanitizer --tool {tool}", flush=True)
-        try:
-            code = subprocess.run(command, env=environment, timeout=SECONDS).returncode
-        except subprocess.TimeoutExpired:
-            print(f"{tool}: not finished after {SECONDS} s, nothing found until then")
+        print(f"compute-sanitizer --tool {tool}, at most {seconds:.0f} s", flush=True)
+        code = watched(command, seconds)
+        if code is None:
+            print(f"{tool}: not finished after {seconds:.0f} s, nothing found until then", flush=True)
             continue
         failed |= code != 0
-        print(f"{tool}: {'nothing found' if code == 0 else f'FAILED (exit code {code})'}")
+        print(f"{tool}: {'nothing found' if code == 0 else f'FAILED (exit code {code})'}", flush=True)
     return 1 if failed else 0
+
+
+def watched(command: list[str], seconds: float) -> int | None:
+    """The exit code of ``command``, or None: killed after ``seconds``, with the processes that the tool has started."""
+    # One allocation a tensor: torch's cache would make neighbours of tensors, and hide an overrun.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait(timeout=max(0.1, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 if __name__ == "__main__":
