@@ -21,6 +21,7 @@ from esam_kernels.backends.triton.blocks import INTERPRETED, float64, narrow, on
 MAX_TILE_CLASSES = 16384  # 32 elements a thread at 16 warps
 TILE_ELEMENTS = 4096  # 32 elements a thread at 4 warps
 BLOCK_CLASSES = 4096  # of a longer row: 16 elements a thread at 8 warps
+ALIGNED_ROWS = 4  # float32 numbers in 16 bytes
 
 SCALAR_ARGUMENTS = ["rows", "classes", "logits_stride", "target_stride", "grad_stride", "ignore_index"]
 
@@ -299,8 +300,10 @@ def cross_entropy_forward(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
-    memory = torch.empty(3, rows, dtype=compute_dtype(logits.dtype), device=logits.device)
-    losses, normalizer = memory[0], memory[1:]
+    # Both begin at multiples of 16 bytes whatever the number of rows: Triton compiles for each alignment it meets.
+    padded = triton.cdiv(rows, ALIGNED_ROWS) * ALIGNED_ROWS
+    memory = torch.empty(padded + 2 * rows, dtype=compute_dtype(logits.dtype), device=logits.device)
+    losses, normalizer = memory[:rows], memory[padded:].view(2, rows)
     if rows == 0:
         return losses, normalizer
     indices = not target.is_floating_point()
