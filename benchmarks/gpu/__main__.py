@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import rows
+from benchmarks.gpu import page
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.session import UNFINISHED, Job, Mirror, Session
 from benchmarks.gpu.stages import STAGES, Stage, journals
@@ -110,6 +111,7 @@ def main() -> int:
         is_built = any((rows.ROOT / "esam_kernels").glob("_cuda*.so"))
         run = Run(folder, journal.commit, seconds, STAGE_SECONDS, LEAST_SECONDS)
         outcomes = run.stages(chosen(STAGES, asked, journal, is_built))
+    page.PAGE.write_text(page.rendered())
     return report(outcomes)
 
 

@@ -122,7 +122,7 @@ def test_gather(backend, device):
 @dtypes
 @pytest.mark.parametrize("classes", [10, 1000, 2050, 50_257])
 def test_losses_select_gather(backend, device, dtype, classes):
-    if not hasattr(backend, "losses_select_gather"):
+    if backend.losses_select_gather is None:
         pytest.skip("only the CUDA backend has one launch for all three")
     checks.check_losses_select_gather(backend, device, dtype, classes)
 
