@@ -39,12 +39,12 @@ class Died(Exception):
 class Process:
     """A worker, seen from the pool."""
 
-    def __init__(self, tests: Sequence[str]) -> None:
+    def __init__(self, tests: Sequence[str], threads: int) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.worker", *tests],
             cwd=ROOT,
-            env={**environment(), "PYTHONFAULTHANDLER": "1"},
+            env={**environment(), "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,
@@ -103,6 +103,7 @@ class Pool:
     ) -> None:
         self._tests, self._journal, self._xml = tests, journal, xml
         self._workers, self._test_seconds = workers, test_seconds
+        self._threads = max(1, (os.cpu_count() or 1) // workers)  # the processes share the cores
         self._deadline = time.monotonic() + seconds
         self._lock = threading.Lock()
         self._queue: deque[str] = deque()
@@ -110,7 +111,7 @@ class Pool:
 
     def run(self) -> int:
         """0: all passed; 1: some failed; UNFINISHED: none failed until the time was up."""
-        first = Process(self._tests)
+        first = Process(self._tests, self._threads)
         try:
             found = first.answer(min(COLLECT_SECONDS, self._left()))
         except Died as died:
@@ -145,7 +146,7 @@ class Pool:
             limit = min(self._test_seconds, self._left())
             try:
                 if process is None:
-                    process = Process(self._tests)
+                    process = Process(self._tests, self._threads)
                 if not ready:
                     process.answer(min(COLLECT_SECONDS, self._left()))
                     ready = True

@@ -86,6 +86,13 @@ def test_other(): raise RuntimeError(f"process {os.getpid()}")
     assert first.isdisjoint(second)
 
 
+def test_the_processes_share_the_cores(run, monkeypatch):
+    """Threads that have no core of their own slow each other down by more than their number."""
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 6)
+    source = "import os\ndef test_threads(): assert os.environ['OMP_NUM_THREADS'] == '3'\n"
+    assert run(source, workers=2)[0] == 0
+
+
 def test_a_test_that_hangs_costs_itself_and_the_rest_goes_on(run):
     source = "import time\ndef test_hangs(): time.sleep(60)\ndef test_after(): pass\n"
     code, entries, _ = run(source, test_seconds=0.5)
