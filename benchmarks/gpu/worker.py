@@ -48,8 +48,6 @@ class Worker:
             sticky = late is not None or (outcome == "failed" and any(words in text for words in STICKY))
             seconds = round(time.monotonic() - start, 2)
             self._answer(outcome=outcome, text=text[-MOST_TEXT:], seconds=seconds, sticky=sticky)
-            if sticky:
-                break
         return True
 
     def _answer(self, **message: Any) -> None:
