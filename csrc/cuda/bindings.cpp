@@ -200,10 +200,12 @@ PYBIND11_MODULE(ESAM_CUDA_MODULE, module) {
   module.def("gather", esam::cuda::gather_);
   module.def("losses_select_gather", esam::cuda::losses_select_gather_);
 #if defined(ESAM_CUDA_EMULATED)
-  module.def("set_emulator", [](bool reversed, bool cooperative) {
+  module.def("set_emulator", [](bool reversed, bool cooperative, int usable_multiprocessors) {
     emulator::reversed = reversed;
     emulator::cooperative_launches = cooperative;
+    emulator::usable_multiprocessors = usable_multiprocessors;
   });
+  module.def("take_error", [] { return static_cast<int>(cudaGetLastError()); });
   module.def("take_launches", [] { return std::exchange(emulator::launches, 0); });
 #endif
 }

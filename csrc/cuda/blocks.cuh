@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "../device/numbers.h"
 #include "launch.cuh"
@@ -52,8 +53,26 @@ struct Table {
   }
 };
 
+// An access whose lines leave the caches first. T: a pack.
+template <typename T>
+using Word = std::conditional_t<sizeof(T) == 16, uint4,
+                                std::conditional_t<sizeof(T) == 8, unsigned long long,
+                                                   std::conditional_t<sizeof(T) == 4, unsigned int, unsigned short>>>;
+
+template <typename T>
+__device__ T load_streaming(const T* address) {
+  return device::bit_cast<T>(__ldcs(reinterpret_cast<const Word<T>*>(address)));
+}
+
+template <typename T>
+__device__ void store_streaming(T* address, const T& value) {
+  __stcs(reinterpret_cast<Word<T>*>(address), device::bit_cast<Word<T>>(value));
+}
+
 // What an operation of the streaming kernel has:
 //   Element: the storage type. kLists; reads(list), writes(list): what it does with each.
+//   streams(list): nothing reads that list again before a whole forward pass: its lines leave the caches first.
+//   kBackwards: whether it walks from the last block to the first.
 //   Table, Arguments: what the kernel is given.
 //   an __device__ constructor from Arguments, executed by all threads of a block together;
 //   enter(table, tensor): before the blocks of a tensor, by all threads together;
@@ -67,7 +86,8 @@ __device__ void read(const typename Op::Table& table, int tensor, int64_t first,
   for (int list = 0; list < Op::kLists; ++list) {
     if (!Op::reads(list)) continue;
     const auto* const data = static_cast<const typename Op::Element*>(table.address[list][tensor]);
-    packs[list] = *reinterpret_cast<const P*>(data + first);
+    const P* const address = reinterpret_cast<const P*>(data + first);
+    packs[list] = Op::streams(list) ? load_streaming(address) : *address;
   }
 }
 
@@ -79,7 +99,12 @@ __device__ void write(const typename Op::Table& table, int tensor, int64_t first
   for (int list = 0; list < Op::kLists; ++list) {
     if (!Op::writes(list)) continue;
     auto* const data = static_cast<typename Op::Element*>(table.address[list][tensor]);
-    *reinterpret_cast<P*>(data + first) = packs[list];
+    P* const address = reinterpret_cast<P*>(data + first);
+    if (Op::streams(list)) {
+      store_streaming(address, packs[list]);
+    } else {
+      *address = packs[list];
+    }
   }
 }
 
@@ -89,7 +114,8 @@ __global__ void __launch_bounds__(kThreads)
   using T = typename Op::Element;
   constexpr int N = kPackSize<T>;
   Op op(arguments);
-  for (int block = blockIdx.x; block < table.num_blocks(); block += gridDim.x) {
+  for (int visited = blockIdx.x; visited < table.num_blocks(); visited += gridDim.x) {
+    const int block = Op::kBackwards ? table.num_blocks() - 1 - visited : visited;
     const int tensor = table.tensor_of(block);
     const int64_t start = static_cast<int64_t>(block - table.first_block[tensor]) * kBlock<T>;
     const int64_t left = table.numel[tensor] - start;
@@ -125,7 +151,9 @@ void stream_over(const Tensors& tensors, int max_programs, bool even_if_empty, c
   static_assert(sizeof(typename Op::Table) + sizeof(typename Op::Arguments) + 16 <= kMaxArgumentBytes);
   constexpr int64_t block = kBlock<typename Op::Element>;
   const int total = static_cast<int>(tensors.numels.size());
-  for (int first = 0; first < total || (first == 0 && even_if_empty); first += kMaxTensors) {
+  const int tables = std::max((total + kMaxTensors - 1) / kMaxTensors, even_if_empty ? 1 : 0);
+  for (int number = 0; number < tables; ++number) {
+    const int first = (Op::kBackwards ? tables - 1 - number : number) * kMaxTensors;
     typename Op::Table table;
     table.num_tensors = std::min(total - first, kMaxTensors);
     int64_t blocks = 0;
@@ -146,7 +174,7 @@ void stream_over(const Tensors& tensors, int max_programs, bool even_if_empty, c
     const typename Op::Arguments arguments = finish(table, first);
     const int64_t programs = std::min<int64_t>(blocks, max_programs);
     if (programs == 0 && !even_if_empty) continue;
-    launch(stream<Op>, std::max<int64_t>(programs, 1), /*cooperative=*/false, cuda_stream, table, arguments);
+    launch(stream<Op>, std::max<int64_t>(programs, 1), cuda_stream, table, arguments);
   }
 }
 

@@ -109,7 +109,7 @@ void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* nor
     const bool by_warp = rows_of_block(inputs) > 1;
     const auto kernel = is_weighted(inputs) ? (by_warp ? forward<T, true, kWarp> : forward<T, true, kThreads>)
                                             : (by_warp ? forward<T, false, kWarp> : forward<T, false, kThreads>);
-    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, losses, normalizer);
+    launch(kernel, blocks_for(inputs), stream, inputs, losses, normalizer);
   });
 }
 
@@ -119,8 +119,7 @@ void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = rows_of_block(inputs) > 1 ? backward<T, kWarp> : backward<T, kThreads>;
-    launch(kernel, blocks_for(inputs), /*cooperative=*/false, stream, inputs, grad_losses, normalizer,
-           static_cast<T*>(gradient));
+    launch(kernel, blocks_for(inputs), stream, inputs, grad_losses, normalizer, static_cast<T*>(gradient));
   });
 }
 

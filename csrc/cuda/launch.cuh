@@ -20,9 +20,10 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 // A launch of `kernel` on `blocks` blocks of kThreads threads; a cooperative one has all of them resident at once.
+// Returns the launch's error.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, bool cooperative, cudaStream_t stream,
-            Arguments&&... arguments) {
+cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, bool cooperative, cudaStream_t stream,
+                       Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -32,7 +33,13 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, bool cooperative, cud
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "esam_kernels: a launch failed");
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments&&... arguments) {
+  check(try_launch(kernel, blocks, /*cooperative=*/false, stream, std::forward<Arguments>(arguments)...),
+        "esam_kernels: a launch failed");
 }
 
 inline int current_device() {

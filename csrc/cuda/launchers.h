@@ -115,8 +115,8 @@ void gather(const std::vector<Rows>& tensors, const int64_t* indices, int64_t k,
 
 // B+ in one launch. Where logits are given (rows > 0), the losses are computed from them first, and written to where
 // the selection reads them; `before` and `after` share dtype, classes and smoothing. One cooperative launch: the blocks
-// wait for each other twice. Where the device has none, or a batch has more than kMaxGathered tensors, the same phases
-// run as launches of their own.
+// wait for each other twice. Where the device has none, refuses it as too large (a client of MPS, a green context), or
+// a batch has more than kMaxGathered tensors, the same phases run as launches of their own.
 void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after, const Selection& selection,
                           const std::vector<Rows>& tensors, Dtype dtype, cudaStream_t stream);
 

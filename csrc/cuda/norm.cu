@@ -24,6 +24,8 @@ struct Norm {
 
   static __host__ __device__ constexpr bool reads(int) { return true; }
   static __host__ __device__ constexpr bool writes(int) { return false; }
+  static __host__ __device__ constexpr bool streams(int) { return false; }
+  static constexpr bool kBackwards = false;
 
   __device__ explicit Norm(const Arguments& given) : arguments(given) {}
 

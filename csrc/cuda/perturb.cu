@@ -21,6 +21,8 @@ struct Perturb {
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kBackup; }
   static __host__ __device__ constexpr bool writes(int list) { return list != kGrad; }
+  static __host__ __device__ constexpr bool streams(int list) { return list != kParam; }
+  static constexpr bool kBackwards = true;  // what the norm has read last is still in the cache
 
   // Every block of threads adds the partials up, in the same order, and divides once for each group.
   __device__ explicit Perturb(const Arguments& arguments) : eta(static_cast<float>(arguments.eta)) {

@@ -229,61 +229,103 @@ __global__ void __launch_bounds__(kThreads) fused_kernel(const __grid_constant__
   gather_units(fused.table, fused.selection.indices);
 }
 
-// How many blocks of threads of a kernel are resident at once, 0 where there is no cooperative launch.
-template <typename Kernel>
-int resident_blocks(Kernel kernel) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> known;
-  const int device = current_device();
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({reinterpret_cast<const void*>(kernel), device}, 0);
-  if (is_new) {
-    int supported = 0, multiprocessors = 0, blocks = 0;
-    check(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "the occupancy of a kernel");
-    if (supported) entry->second = blocks * multiprocessors;
+// How many blocks of threads a cooperative launch of each kernel may have, on each device: 0 where there is none.
+class ResidentBlocks {
+ public:
+  template <typename Kernel>
+  static int of(Kernel kernel) {
+    const Key key = key_of(kernel);
+    const std::lock_guard<std::mutex> lock(mutex());
+    const auto [entry, is_new] = known().try_emplace(key, 0);
+    if (is_new) {
+      int supported = 0, processors = 0, blocks = 0;
+      check(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, key.second), "cudaDeviceGetAttribute");
+      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, key.second), "cudaDeviceGetAttribute");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "the occupancy of a kernel");
+      if (supported) entry->second = blocks * processors;
+    }
+    return entry->second;
   }
-  return entry->second;
+
+  // Of MPS clients and green contexts the device's attributes say more than they may use. The refusal is remembered: a
+  // launch that fails inside the capture of a graph would end it, and the step before the capture has found out.
+  template <typename Kernel>
+  static void refuse(Kernel kernel) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    known()[key_of(kernel)] = 0;
+  }
+
+ private:
+  using Key = std::pair<const void*, int>;
+
+  template <typename Kernel>
+  static Key key_of(Kernel kernel) {
+    return {reinterpret_cast<const void*>(kernel), current_device()};
+  }
+
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+
+  static std::map<Key, int>& known() {
+    static std::map<Key, int> all;
+    return all;
+  }
+};
+
+// Whether the launch of everything at once was taken.
+template <typename T, bool kWeighted>
+bool launch_fused(const CrossEntropy& before, const CrossEntropy& after, const Selection& selection,
+                  const std::vector<Rows>& tensors, cudaStream_t stream) {
+  const auto kernel = fused_kernel<T, kWeighted>;
+  const int resident = tensors.size() <= kMaxGathered ? ResidentBlocks::of(kernel) : 0;
+  if (resident == 0) return false;
+  const Fused fused{before,
+                    after,
+                    const_cast<float*>(selection.loss_before),
+                    const_cast<float*>(selection.loss_after),
+                    selection,
+                    gather_table(tensors, 0, selection.k)};
+  const int64_t rows = std::max(before.rows, after.rows),
+                rows_together = rows_of_block(after.rows > 0 ? after : before);
+  const int64_t wanted = std::max((rows + rows_together - 1) / rows_together, fused.table.first_unit[tensors.size()]);
+  const int64_t blocks = std::clamp<int64_t>(wanted, 1, resident);
+  const cudaError_t error = try_launch(kernel, blocks, /*cooperative=*/true, stream, fused);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // forgotten: it would be reported by whoever asks next
+    ResidentBlocks::refuse(kernel);
+    return false;
+  }
+  check(error, "esam_kernels: a launch failed");
+  return true;
 }
 
 }  // namespace
 
-void select(const Selection& selection, cudaStream_t stream) {
-  launch(select_kernel, 1, /*cooperative=*/false, stream, selection);
-}
+void select(const Selection& selection, cudaStream_t stream) { launch(select_kernel, 1, stream, selection); }
 
 void gather(const std::vector<Rows>& tensors, const int64_t* indices, int64_t k, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
   for (size_t first = 0; first < tensors.size(); first += kMaxGathered) {
     const GatherTable table = gather_table(tensors, first, k);
     const int64_t units = table.first_unit[table.num_tensors];
-    if (units > 0) launch(gather_kernel, std::min(units, kMaxBlocks), /*cooperative=*/false, stream, table, indices);
+    if (units > 0) launch(gather_kernel, std::min(units, kMaxBlocks), stream, table, indices);
   }
 }
 
 void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after, const Selection& selection,
                           const std::vector<Rows>& tensors, Dtype dtype, cudaStream_t stream) {
-  float* const loss_before = const_cast<float*>(selection.loss_before);
-  float* const loss_after = const_cast<float*>(selection.loss_after);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const bool weighted = is_weighted(before) || is_weighted(after);
-    const auto kernel = weighted ? fused_kernel<T, true> : fused_kernel<T, false>;
-    const int resident = tensors.size() <= kMaxGathered ? resident_blocks(kernel) : 0;
-    if (resident == 0) {
-      cross_entropy_forward(before, loss_before, nullptr, dtype, stream);
-      cross_entropy_forward(after, loss_after, nullptr, dtype, stream);
-      select(selection, stream);
-      gather(tensors, selection.indices, selection.k, stream);
-      return;
-    }
-    const Fused fused{before, after, loss_before, loss_after, selection, gather_table(tensors, 0, selection.k)};
-    const int64_t rows = std::max(before.rows, after.rows),
-                  rows_together = rows_of_block(after.rows > 0 ? after : before);
-    const int64_t wanted = std::max((rows + rows_together - 1) / rows_together, fused.table.first_unit[tensors.size()]);
-    const int64_t blocks = std::clamp<int64_t>(wanted, 1, resident);
-    launch(kernel, blocks, /*cooperative=*/true, stream, fused);
+    const bool launched = weighted ? launch_fused<T, true>(before, after, selection, tensors, stream)
+                                   : launch_fused<T, false>(before, after, selection, tensors, stream);
+    if (launched) return;
+    cross_entropy_forward(before, const_cast<float*>(selection.loss_before), nullptr, dtype, stream);
+    cross_entropy_forward(after, const_cast<float*>(selection.loss_after), nullptr, dtype, stream);
+    select(selection, stream);
+    gather(tensors, selection.indices, selection.k, stream);
   });
 }
 

@@ -27,6 +27,8 @@ struct Restore {
 
   static __host__ __device__ constexpr bool reads(int list) { return list == kBackup; }
   static __host__ __device__ constexpr bool writes(int list) { return list == kParam; }
+  static __host__ __device__ constexpr bool streams(int list) { return list != kParam; }
+  static constexpr bool kBackwards = false;
 
   __device__ explicit Restore(const Arguments&) {}
   __device__ void enter(const Table&, int) {}
@@ -56,6 +58,8 @@ struct RestoreSgd {
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kParam && !(kFirst && list == kBuffer); }
   static __host__ __device__ constexpr bool writes(int list) { return list == kParam || list == kBuffer; }
+  static __host__ __device__ constexpr bool streams(int list) { return list != kParam; }
+  static constexpr bool kBackwards = false;
 
   __device__ explicit RestoreSgd(const Arguments& given)
       : scalars{static_cast<float>(learning_rate(given.lr)),
@@ -116,6 +120,8 @@ struct RestoreAdam {
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kParam; }
   static __host__ __device__ constexpr bool writes(int list) { return list != kBackup && list != kGrad; }
+  static __host__ __device__ constexpr bool streams(int list) { return list != kParam; }
+  static constexpr bool kBackwards = false;
 
   __device__ explicit RestoreAdam(const Arguments& given) : arguments(given), lr(learning_rate(given.adam.lr)) {
     const Adam& adam = arguments.adam;
@@ -232,7 +238,7 @@ void increment_steps(const Addresses& step_addresses, cudaStream_t cuda_stream) 
     Counters counters;
     counters.size = static_cast<int32_t>(std::min<size_t>(step_addresses.size() - first, kMaxTensors));
     for (int i = 0; i < counters.size; ++i) counters.counter[i] = reinterpret_cast<float*>(step_addresses[first + i]);
-    launch(increment, (counters.size + kThreads - 1) / kThreads, /*cooperative=*/false, cuda_stream, counters);
+    launch(increment, (counters.size + kThreads - 1) / kThreads, cuda_stream, counters);
   }
 }
 

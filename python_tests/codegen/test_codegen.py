@@ -43,6 +43,8 @@ ACCESSES = {  # loads and stores, for each 16 bytes that a thread handles in eve
     "cross_entropy forward 128256": (1, 0),
     "cross_entropy backward 128256": (1, 1),
 }
+# Of these accesses, those of what nothing reads again before a whole forward pass.
+EVICT_FIRST = {"norm": (0, 0), "perturb": (1, 1), "restore": (1, 0), "sgd": (3, 1), "adamw": (4, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,16 @@ def test_walks_over_blocks_access_128_bits_at_a_time(summary):
         vectors = int(case.elements * itemsize // 16)
         loads, stores = ACCESSES[name]
         assert (measured["loads_128"], measured["stores_128"]) == (loads * vectors, stores * vectors), label
+
+
+@pytest.mark.parametrize("name", EVICT_FIRST)
+def test_what_is_read_once_leaves_the_caches_first(name):
+    case = CASES[f"{name} float32"]
+    graph, _ = codegen.disassemble(codegen.compile_case(case, 90).asm["cubin"])
+    opcodes = [instruction.opcode for block in graph.values() for instruction in block.instructions]
+    found = [sum(opcode.startswith(access) for opcode in opcodes) for access in ("LDG.E.EF.128", "STG.E.EF.128")]
+    vectors = int(case.elements * 4 // 16)
+    assert found == [count * vectors for count in EVICT_FIRST[name]]
 
 
 def test_images_are_gathered_128_bits_at_a_time(summary):

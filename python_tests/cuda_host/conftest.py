@@ -25,9 +25,9 @@ def emulated():
 @pytest.fixture(params=["threads in order", "threads reversed"])
 def order(request, emulated):
     """A barrier that is missing shows when threads run in another order."""
-    emulated.set_emulator(request.param == "threads reversed", True)
+    emulated.set_emulator(request.param == "threads reversed", True, 3)
     yield
-    emulated.set_emulator(False, True)
+    emulated.set_emulator(False, True, 3)
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ def test_norm_of_more_tensors_than_a_table_holds(backend, device):
     checks.check_norm_of_many(backend, device)
 
 
+def test_perturbation_of_more_tensors_than_a_table_holds(backend, device):
+    checks.check_perturb_of_many(backend, device)
+
+
 @shifts
 @dtypes
 @pytest.mark.parametrize("over_grads", [False, True])
@@ -146,17 +150,51 @@ def test_losses_select_gather(backend, device, dtype, classes):
     checks.check_losses_select_gather(backend, device, dtype, classes)
 
 
-@pytest.mark.parametrize("cooperative", [True, False])
-def test_losses_selection_and_gather_are_one_launch(backend, device, emulated, cooperative):
-    """Where the device has cooperative launches; elsewhere one for each phase."""
-    emulated.set_emulator(False, cooperative)
-    before, target, _ = checks.logits_and_target(device, torch.float32, "index", 10)
+@pytest.fixture
+def new_device(backend, monkeypatch, emulated):
+    """A device of its own: which launch of B+ one takes is remembered."""
+    number = next(_DEVICES)
+    monkeypatch.setattr(backend, "_where", lambda device: (number, 0))
+    yield number
+    emulated.set_emulator(False, True, 3)
+
+
+_DEVICES = itertools.count(1)
+
+
+def b_plus(backend):
+    """B+ from logits, every result of it compared."""
+    before, target, _ = checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 10)
     after = before.flip(0)
-    # which launch it is, is remembered for each kernel and device: the kernels of this dtype are used here only
-    dtype = torch.float32 if cooperative else torch.bfloat16
+    losses = [reference.cross_entropy_forward(logits, target, 0.0, -100)[0] for logits in (before, after)]
+    one, other, indices, rows = backend.losses_select_gather(before, after, 5, [before, target], target)
+    for found, expected in zip((one, other), losses, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(indices, reference.select(one, other, 5))
+    assert torch.equal(rows[0], before[indices])
+    assert torch.equal(rows[1], target[indices])
+
+
+@pytest.mark.parametrize("cooperative", [True, False])
+def test_losses_selection_and_gather_are_one_launch(backend, new_device, emulated, cooperative):
+    """Where the device has cooperative launches; elsewhere one for each phase."""
+    emulated.set_emulator(False, cooperative, 3)
     emulated.take_launches()
-    backend.losses_select_gather(before.to(dtype), after.to(dtype), 5, [before, target], target)
-    assert emulated.take_launches() in ((1,) if cooperative else (1, 4))
+    b_plus(backend)
+    assert emulated.take_launches() == (1 if cooperative else 4)
+
+
+def test_a_cooperative_launch_that_is_refused_runs_as_four(backend, new_device, emulated):
+    """MPS and green contexts: fewer multiprocessors than the device says, here none. It leaves no error."""
+    emulated.set_emulator(False, True, 0)
+    emulated.take_launches()
+    for _ in range(2):
+        b_plus(backend)
+        assert emulated.take_launches() == 4
+        assert emulated.take_error() == 0
+    emulated.set_emulator(False, True, 3)
+    b_plus(backend)
+    assert emulated.take_launches() == 4, "the refusal is remembered"
 
 
 # -- What users call ---------------------------------------------------------------------------------------------------

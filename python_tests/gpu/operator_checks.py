@@ -133,6 +133,20 @@ def exact_partials(device: torch.device) -> Tensor:
     return partials
 
 
+def check_perturb_of_many(backend: ModuleType, device: torch.device) -> None:
+    """More tensors than a table holds: each has its own group, offset and mask, whichever table is walked first."""
+    counts = [5 if i % 7 else 0 for i in range(470)]
+    params, grads, expected, backups = ([torch.full((n,), 1.0, device=device) for n in counts] for _ in range(4))
+    groups, offsets = [i % 2 for i in range(470)], [8 * i for i in range(470)]
+    scale = torch.tensor([0.5, 0.25], dtype=torch.float64, device=device)
+    state = torch.tensor([3, 5, round(0.6 * 2**32) - 1], device=device)
+    rest = (groups, offsets, exact_partials(device), scale, [False, True], 0.5, 1.0, 1e-12, state)
+    reference.perturb_(expected, grads, [torch.empty_like(w) for w in params], *rest)
+    backend.perturb_(params, grads, backups, *rest)
+    for ours, theirs in zip(params, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def check_perturb(
     backend: ModuleType, device: torch.device, dtype: torch.dtype, masked: bool, over_grads: bool, shift: int
 ) -> None:

@@ -36,6 +36,7 @@ def test_norm_of_extremes(backend, backend_name, device):
 
 def test_norm_of_many_tensors(backend, device):
     checks.check_norm_of_many(backend, device)
+    checks.check_perturb_of_many(backend, device)
 
 
 @shifts

@@ -263,13 +263,14 @@ def load_tile(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
+    POLICY: tl.constexpr = "",
 ):
     """The elements of a block, 0 past the end of the tensor."""
     pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
     if VECTORIZED:
-        x = tl.load(pointers)
+        x = tl.load(pointers, eviction_policy=POLICY)
     else:
-        x = tl.load(pointers, mask=tl.arange(0, BLOCK) < numel - start, other=0)
+        x = tl.load(pointers, mask=tl.arange(0, BLOCK) < numel - start, other=0, eviction_policy=POLICY)
     return x
 
 
@@ -284,12 +285,43 @@ def store_tile(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
+    POLICY: tl.constexpr = "",
 ):
     pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
     if VECTORIZED:
-        tl.store(pointers, x)
+        tl.store(pointers, x, eviction_policy=POLICY)
     else:
-        tl.store(pointers, x, mask=tl.arange(0, BLOCK) < numel - start)
+        tl.store(pointers, x, mask=tl.arange(0, BLOCK) < numel - start, eviction_policy=POLICY)
+
+
+@triton.jit
+def load_once(
+    addresses_ptr,
+    num_tensors,
+    LIST: tl.constexpr,
+    start,
+    numel,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+):
+    """A tile that nothing reads again before a whole forward pass: it leaves the caches before others do."""
+    return load_tile(addresses_ptr, num_tensors, LIST, start, numel, DTYPE, BLOCK, VECTORIZED, "evict_first")
+
+
+@triton.jit
+def store_once(
+    addresses_ptr,
+    num_tensors,
+    LIST: tl.constexpr,
+    x,
+    start,
+    numel,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORIZED: tl.constexpr,
+):
+    store_tile(addresses_ptr, num_tensors, LIST, x, start, numel, DTYPE, BLOCK, VECTORIZED, "evict_first")
 
 
 @triton.jit

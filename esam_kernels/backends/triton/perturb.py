@@ -19,9 +19,11 @@ from esam_kernels.backends.triton.blocks import (
     block_size,
     buckets,
     float64,
+    load_once,
     load_tile,
     narrow,
     pick,
+    store_once,
     store_tile,
     stream_over,
     table,
@@ -53,7 +55,7 @@ def perturb_tile(
     VECTORIZED: tl.constexpr,
 ):
     w = load_tile(addresses_ptr, num_tensors, PARAM, start, numel, DTYPE, BLOCK, VECTORIZED)
-    g = load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED)
+    g = load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED)
     x = widen(w, factor.dtype)
     direction = widen(g, factor.dtype)
     if ANY_ADAPTIVE:
@@ -65,7 +67,7 @@ def perturb_tile(
         step = tl.load(random_state_ptr + 1)
         bound = tl.load(random_state_ptr + 2)
         perturbed = tl.where(element_mask(seed, step, bound, offset + start, BLOCK), perturbed, w)
-    store_tile(addresses_ptr, num_tensors, BACKUP, w, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_once(addresses_ptr, num_tensors, BACKUP, w, start, numel, DTYPE, BLOCK, VECTORIZED)
     store_tile(addresses_ptr, num_tensors, PARAM, perturbed, start, numel, DTYPE, BLOCK, VECTORIZED)
 
 
@@ -91,7 +93,8 @@ def perturb_kernel(
     eta = float64(eta).to(COMPUTE)
     norm = float64(norm_factor) * tl.sqrt(tl.sum(tl.load(partials_ptr + tl.arange(0, NUM_PARTIALS))))
     usable = (norm > 0) & (norm < float("inf"))
-    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+    for visited in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        block = num_blocks - 1 - visited  # backwards: what the norm has read last is still in the cache
         tensor, start, numel, vectorized = block_at(addresses_ptr, layout_ptr, num_tensors, num_blocks, block, BLOCK)
         offset = tl.load(layout_ptr + OFFSET * num_tensors + tensor)
         group = tl.load(layout_ptr + GROUP * num_tensors + tensor)

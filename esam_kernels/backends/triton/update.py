@@ -24,10 +24,11 @@ from esam_kernels.backends.triton.blocks import (
     capturing,
     float64,
     fma,
-    load_tile,
+    load_once,
     narrow,
     pick,
     round_to,
+    store_once,
     store_tile,
     stream_over,
     table,
@@ -70,7 +71,7 @@ def learning_rate(lr, lr_ptr, LR_TENSOR: tl.constexpr):
 def restore_tile(
     start, addresses_ptr, num_tensors, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORIZED: tl.constexpr
 ):
-    w = load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED)
+    w = load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED)
     store_tile(addresses_ptr, num_tensors, PARAM, w, start, numel, DTYPE, BLOCK, VECTORIZED)
 
 
@@ -115,8 +116,8 @@ def sgd_tile(
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
 ):
-    w = widen(load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
-    direction = widen(load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
+    w = widen(load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
+    direction = widen(load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
     if MAXIMIZE:
         direction *= -1.0  # unary minus would turn 0 into 0, not -0
     if WEIGHT_DECAY:
@@ -124,11 +125,11 @@ def sgd_tile(
     if MOMENTUM:
         buffer = direction
         if not FIRST:
-            buffer = load_tile(addresses_ptr, num_tensors, MOMENTUM_BUFFER, start, numel, DTYPE, BLOCK, VECTORIZED)
+            buffer = load_once(addresses_ptr, num_tensors, MOMENTUM_BUFFER, start, numel, DTYPE, BLOCK, VECTORIZED)
             buffer = round_to(widen(buffer, lr.dtype) * momentum, DTYPE)
             buffer = round_to(fma(direction, undamped, buffer), DTYPE)
         written = narrow(buffer, DTYPE)
-        store_tile(addresses_ptr, num_tensors, MOMENTUM_BUFFER, written, start, numel, DTYPE, BLOCK, VECTORIZED)
+        store_once(addresses_ptr, num_tensors, MOMENTUM_BUFFER, written, start, numel, DTYPE, BLOCK, VECTORIZED)
         direction = round_to(fma(buffer, momentum, direction), DTYPE) if NESTEROV else buffer
     updated = narrow(fma(direction, lr * -1.0, w), DTYPE)
     store_tile(addresses_ptr, num_tensors, PARAM, updated, start, numel, DTYPE, BLOCK, VECTORIZED)
@@ -249,10 +250,10 @@ def adam_tile(
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
 ):
-    w = widen(load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    g = widen(load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    m = widen(load_tile(addresses_ptr, num_tensors, EXP_AVG, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    v = widen(load_tile(addresses_ptr, num_tensors, EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
+    w = widen(load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
+    g = widen(load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
+    m = widen(load_once(addresses_ptr, num_tensors, EXP_AVG, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
+    v = widen(load_once(addresses_ptr, num_tensors, EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
     if MAXIMIZE:
         g *= -1.0
     if WEIGHT_DECAY:
@@ -263,15 +264,15 @@ def adam_tile(
     # torch.lerp starts from the nearer end
     near = lerp_weight < 0.5
     m = narrow(fma(g - m, tl.where(near, lerp_weight, lerp_weight - 1), tl.where(near, m, g)), DTYPE)
-    store_tile(addresses_ptr, num_tensors, EXP_AVG, m, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_once(addresses_ptr, num_tensors, EXP_AVG, m, start, numel, DTYPE, BLOCK, VECTORIZED)
     v = narrow(fma(g * one_minus_beta2, g, round_to(v * beta2, DTYPE)), DTYPE)
-    store_tile(addresses_ptr, num_tensors, EXP_AVG_SQ, v, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_once(addresses_ptr, num_tensors, EXP_AVG_SQ, v, start, numel, DTYPE, BLOCK, VECTORIZED)
     v = widen(v, eps.dtype)
     if AMSGRAD:
-        largest = load_tile(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED)
+        largest = load_once(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED)
         v = tl.maximum(widen(largest, eps.dtype), v, propagate_nan=tl.PropagateNan.ALL)
         largest = narrow(v, DTYPE)
-        store_tile(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, largest, start, numel, DTYPE, BLOCK, VECTORIZED)
+        store_once(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, largest, start, numel, DTYPE, BLOCK, VECTORIZED)
     denominator = round_to(divide(round_to(square_root(v), DTYPE), bias_correction2_sqrt), DTYPE)
     denominator = round_to(denominator + eps, DTYPE)
     updated = narrow(w - divide(widen(m, eps.dtype) * step_size, denominator), DTYPE)

@@ -1,7 +1,8 @@
-// As much of CUDA as csrc/cuda uses, on the CPU: every thread of a block is a fiber, which runs until it has to wait
-// for the others. Slow and in order, but the source is the one that a GPU will run: indices, tails, masks, barriers and
-// shared memory are exercised as they are. What it cannot show: races that need two threads at the very same time,
-// memory ordering, and time.
+// As much of CUDA as csrc/cuda uses, on the CPU: every thread of a block is a
+// fiber, which runs until it has to wait for the others. Slow and in order, but
+// the source is the one that a GPU will run: indices, tails, masks, barriers
+// and shared memory are exercised as they are. What it cannot show: races that
+// need two threads at the very same time, memory ordering, and time.
 #pragma once
 
 #include <ucontext.h>
@@ -41,14 +42,18 @@ namespace emulator {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kWarp = 32;
 
-// -- What a test may set ---------------------------------------------------------------------------------------------
+// -- What a test may set
+// ---------------------------------------------------------------------------------------------
 
 inline bool reversed = false;             // fibers run from the last to the first
 inline bool cooperative_launches = true;  // whether the device has them
 inline int multiprocessors = 3;
+inline int usable_multiprocessors = 3;  // fewer than it says: MPS, green contexts
+inline int device = 0;
 inline int launches = 0;
 
-// -- Fibers ----------------------------------------------------------------------------------------------------------
+// -- Fibers
+// ----------------------------------------------------------------------------------------------------------
 
 struct Barrier {
   int expected = 0, arrived = 0, generation = 0;
@@ -127,7 +132,8 @@ inline std::unique_ptr<Fiber> new_fiber(Block& block, unsigned thread) {
   return fiber;
 }
 
-// Runs the fibers of a block until all are finished or wait for the grid. Returns whether any ran.
+// Runs the fibers of a block until all are finished or wait for the grid.
+// Returns whether any ran.
 inline bool run_block(std::vector<std::unique_ptr<Fiber>>& fibers) {
   bool any = false, progress = true;
   while (progress) {
@@ -229,14 +235,29 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return ballot;
 }
 
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
-// -- The runtime -----------------------------------------------------------------------------------------------------
+// -- The runtime
+// -----------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorCooperativeLaunchTooLarge };
 enum cudaDeviceAttr { cudaDevAttrCooperativeLaunch, cudaDevAttrMultiProcessorCount };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+
+namespace emulator {
+inline cudaError_t last_error = cudaSuccess;
+}
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -256,20 +277,29 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const bool cooperative = config->numAttrs > 0;
+  if (cooperative && config->gridDim.x > static_cast<unsigned>(emulator::usable_multiprocessors)) {
+    return emulator::last_error = cudaErrorCooperativeLaunchTooLarge;
+  }
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   const std::function<void()> body = [&] { std::apply(kernel, held); };
-  emulator::run_grid(config->gridDim.x, config->blockDim.x, config->numAttrs > 0, body);
+  emulator::run_grid(config->gridDim.x, config->blockDim.x, cooperative, body);
   return cudaSuccess;
 }
+
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device;
   return cudaSuccess;
 }
 
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaSetDevice(int device) {
+  emulator::device = device;
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrCooperativeLaunch ? emulator::cooperative_launches : emulator::multiprocessors;
