@@ -19,7 +19,7 @@ from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.backends.triton.blocks import INTERPRETED, float64, narrow, on, widen
 
 MAX_TILE_CLASSES = 16384  # 32 elements a thread at 16 warps
-TILE_ELEMENTS = 4096  # 32 elements a thread at 4 warps
+TILE_ELEMENTS = 2048  # 16 elements a thread at 4 warps: 32 take more than 128 registers
 BLOCK_CLASSES = 4096  # of a longer row: 16 elements a thread at 8 warps
 ALIGNED_ROWS = 4  # float32 numbers in 16 bytes
 
