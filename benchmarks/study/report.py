@@ -10,8 +10,9 @@ from pathlib import Path
 from benchmarks.paper.store import write
 from benchmarks.study import chart
 from benchmarks.study.modes import MODES
+from benchmarks.study.plan import counts
 from benchmarks.study.rows import Rows
-from benchmarks.study.settings import BY_NAME, Setting
+from benchmarks.study.settings import BY_NAME, SETTINGS, Setting
 from benchmarks.study.summary import Result, Summary
 
 PAGE = Path("docs") / "study.md"
@@ -121,7 +122,9 @@ def conditions(summary: Summary, rows: Rows) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in shown))
 
     where = f"{all_of('device')}; torch {all_of('torch')}; commit {all_of('commit')}; {all_of('date')}"
-    return f"{len(shown)} trainings; {where}."
+    done, total = counts(rows, SETTINGS, MODES)
+    rest = "" if done == total else f" Of {total} trainings {done} are there: `python -m benchmarks.study` goes on."
+    return f"{len(shown)} trainings; {where}.{rest}"
 
 
 BLOCKS: dict[str, Callable[[Summary, Rows], str]] = {
