@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def label(optimizer: Any, method: str) -> AbstractContextManager[Any]:
@@ -20,7 +20,7 @@ def label(optimizer: Any, method: str) -> AbstractContextManager[Any]:
     return torch.autograd.profiler.record_function(f"Optimizer.{method}#{type(optimizer).__name__}.{method}")
 
 
-def around_step(step: Function) -> Function:
+def around_step(step: _Function) -> _Function:
     """Run the step hooks of the optimizer around this method: once, where one such method calls another.
 
     A hook is called with the optimizer, its arguments (the optimizer comes first) and its keyword arguments. Hooks on
