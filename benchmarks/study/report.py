@@ -88,7 +88,7 @@ def verdicts(summary: Summary, rows: Rows) -> str:
         cost = costs[0] if len(costs) == 1 else f"{costs[0]} to {costs[-1]}"
         lost = "; ".join(summary.losses(mode.name)) or "none"
         lines.append(f"| {mode.text} | {cost} | {lost} | {len(found)} of {len(summary.settings)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "So far only SGD and SAM are measured."
 
 
 def sensitivity(summary: Summary, rows: Rows) -> str:
