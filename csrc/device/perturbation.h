@@ -50,19 +50,24 @@ struct ElementMask {
   ESAM_HOST_DEVICE bool keeps(uint32_t word) const { return static_cast<int64_t>(word) <= bound; }
 };
 
+// The counter that an element's word belongs to: rounded down for negative numbers too, as the reference divides.
+ESAM_HOST_DEVICE uint64_t counter_of(uint64_t element) {
+  return static_cast<uint64_t>(static_cast<int64_t>(element) >> 2);
+}
+
 // Which of the N elements from number `first` of the whole model on are perturbed. N is 1, or `first` and N are
 // multiples of 4.
 template <int N>
 ESAM_HOST_DEVICE void element_mask(const ElementMask& mask, uint64_t first, bool (&kept)[N]) {
   if constexpr (N == 1) {
-    const PhiloxWords words = philox(first / 4, mask.step, mask.seed);
+    const PhiloxWords words = philox(counter_of(first), mask.step, mask.seed);
     const uint32_t low = first % 2 == 0 ? words.word[0] : words.word[1];
     const uint32_t high = first % 2 == 0 ? words.word[2] : words.word[3];
     kept[0] = mask.keeps(first % 4 < 2 ? low : high);
   } else {
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      const PhiloxWords words = philox(first / 4 + i, mask.step, mask.seed);
+      const PhiloxWords words = philox(counter_of(first) + i, mask.step, mask.seed);
 #pragma unroll
       for (int j = 0; j < 4; ++j) kept[4 * i + j] = mask.keeps(words.word[j]);
     }

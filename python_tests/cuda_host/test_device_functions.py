@@ -45,11 +45,12 @@ def test_philox_is_the_published_one(functions):
     assert found.tolist() == [[0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]]
 
 
-def test_an_elements_word_does_not_depend_on_how_it_is_reached(functions):
+@pytest.mark.parametrize("first", [1 << 34, -4, -401, -(1 << 40)])
+def test_an_elements_word_does_not_depend_on_how_it_is_reached(functions, first):
     kept = torch.empty(1000, dtype=torch.bool)
     state = torch.tensor([7, 9, round(0.6 * 2**32) - 1])
-    functions.keep_one_by_one(U64(1 << 34), I64(1000), U64(9), U64(7), I64(state[2].item()), address(kept))
-    assert torch.equal(kept, reference.element_mask(1000, 1 << 34, state))
+    functions.keep_one_by_one(I64(first), I64(1000), U64(9), U64(7), I64(state[2].item()), address(kept))
+    assert torch.equal(kept, reference.element_mask(1000, first, state))
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

@@ -178,6 +178,12 @@ def check_mask_alone(backend: ModuleType, device: torch.device, dtype: torch.dty
         scale = torch.ones(1, dtype=torch.float64, device=device)
         backend.perturb_([param], [grad], [], [0], [8], exact_partials(device), scale, [False], 0.0, 1.0, 0.0, state)
         assert torch.equal(param != 0, reference.element_mask(5001, 8, state))
+    for offset in (-4, -400, -(2**40)):  # elements before the first: counters are rounded down
+        param, grad = torch.zeros(5001, device=device, dtype=dtype), torch.ones(5001, device=device, dtype=dtype)
+        state = torch.tensor([3, 4, 2**31], device=device)
+        rest = (exact_partials(device), scale, [False], 0.0, 1.0, 0.0, state)
+        backend.perturb_([param], [grad], [], [0], [offset], *rest)
+        assert torch.equal(param != 0, reference.element_mask(5001, offset, state))
     word = reference.philox(torch.tensor([2]), 4, 3)[1].item()  # element 9
     for bound, moved in ((word - 1, False), (word, True)):
         state = torch.tensor([3, 4, bound], device=device)

@@ -89,7 +89,7 @@ def test_perturbation_is_within_one_ulp_and_its_backup_exact(kernels, three_prog
 @pytest.mark.parametrize("bound", [-1, 0, 2**31, 2**32 - 1])
 def test_element_mask_has_the_references_bits(kernels, bound):
     random_state = torch.tensor([0x9E3779B97F4A7C15 - 2**63, 3, bound])
-    for offset in (0, 2**34 - 2048, 2**34, 2**36 + 20):
+    for offset in (0, 2**34 - 2048, 2**34, 2**36 + 20, -4, -400, -(2**40)):
         params = [torch.zeros(5000)]
         kernels.perturb_(
             params,
