@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,11 @@ bool norm_partials(const py::list& params, const py::list& grads, const std::vec
   return true;
 }
 
+bool are_aligned(std::initializer_list<py::object> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const py::object& tensor) { return tensor.is_none() || is_aligned(unpack(tensor)); });
+}
+
 bool perturb(const py::list& params, const py::list& grads, const py::list& backups, const std::vector<int64_t>& groups,
              const std::vector<int64_t>& offsets, const py::object& partials, const py::object& scale,
              const std::vector<bool>& adaptive, double eta, double norm_factor, double eps,
@@ -54,6 +60,7 @@ bool perturb(const py::list& params, const py::list& grads, const py::list& back
   const Blocks b = over_grads ? g : reader.write(backups);
   const cpu::Scaling scaling{groups, adaptive, eta};
   if (!reader.ok() || !fits(scaling, w) || offsets.size() != w.size()) return false;
+  if (!are_aligned({partials, scale, random_state})) return false;
   const cpu::Perturbation perturbation{data<const double>(partials, cpu::kNumPartials),
                                        data<const double>(scale, adaptive.size()),
                                        offsets,
@@ -92,7 +99,7 @@ std::vector<float*> step_counters(const py::list& steps) {
   for (const py::handle step : steps) {
     const at::Tensor& tensor = unpack(step);
     const bool ok = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
-    if (!ok || tensor.layout() != at::kStrided || !has_memory(tensor)) return {};
+    if (!ok || tensor.layout() != at::kStrided || !has_memory(tensor) || !is_aligned(tensor)) return {};
     result.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
   }
   return result;
@@ -130,6 +137,7 @@ cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::obj
                     logits.is_contiguous() && logits.size(1) > 0 && dtype && *dtype != cpu::kFloat64;
   if (!fits) throw py::value_error("logits must be contiguous (rows, classes) on the CPU, of 32 or 16 bits");
   if (!has_memory(logits)) throw py::value_error("the logits have no memory");
+  if (!is_aligned(logits)) throw py::value_error("the memory of the logits is not aligned to their dtype");
   if (index.is_none() == probability.is_none())
     throw py::value_error("give class indices or probabilities, one of them");
   const cpu::CrossEntropyRows rows{logits.const_data_ptr(),
@@ -164,8 +172,9 @@ void cross_entropy_backward(const py::object& grad_losses, const py::object& log
   const float* const normalizer_in = data<const float>(normalizer, 2 * x.size(0));
   const at::Tensor& gradient = unpack(grad_logits);
   const bool fits = gradient.device().is_cpu() && gradient.scalar_type() == x.scalar_type() &&
-                    gradient.is_contiguous() && gradient.numel() == x.numel() && has_memory(gradient);
-  if (!fits) throw py::value_error("grad_logits must be contiguous, with the logits' dtype and size");
+                    gradient.is_contiguous() && gradient.numel() == x.numel() && has_memory(gradient) &&
+                    is_aligned(gradient);
+  if (!fits) throw py::value_error("grad_logits must be contiguous and aligned, with the logits' dtype and size");
   void* const out = gradient.mutable_data_ptr();
   py::gil_scoped_release release;
   cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, normalizer_in, out);

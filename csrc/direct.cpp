@@ -34,7 +34,7 @@ bool nobody_looks_on() {
 constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::ZeroTensor});
 
-// Whether a tensor is a dense one on the CPU and nothing else: no wrapper, no dual number.
+// Whether a tensor is a dense and aligned one on the CPU and nothing else: no wrapper, no dual number.
 bool is_plain(const at::Tensor& tensor) {
   if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj() ||
       tensor.is_quantized()) {
@@ -42,7 +42,7 @@ bool is_plain(const at::Tensor& tensor) {
   }
   const c10::DispatchKeySet keys = tensor.key_set();
   if (keys.has_any(kWrappers) || keys.highestPriorityTypeId() > c10::DispatchKey::AutocastCPU) return false;
-  return !tensor._fw_grad(0).defined() && has_memory(tensor);
+  return !tensor._fw_grad(0).defined() && has_memory(tensor) && is_aligned(tensor);
 }
 
 // The tensor, if it is a plain one and of no subclass.
@@ -89,6 +89,12 @@ void check_saved(const at::Tensor& logits, const at::Tensor& target, const at::T
   TORCH_CHECK_INDEX(wrong == nullptr, "Target ", wrong == nullptr ? 0 : *wrong, " is out of bounds.");
 }
 
+// The tensor, contiguous and aligned to its type.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor contiguous = tensor.contiguous();
+  return is_aligned(contiguous) ? contiguous : contiguous.clone();
+}
+
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
@@ -108,9 +114,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    // Contiguous they were, but hooks of the user's may have packed and unpacked them.
-    const at::Tensor logits = saved[0].contiguous(), target = saved[1].contiguous();
-    const at::Tensor normalizer = saved[2].contiguous();
+    // Contiguous and aligned they were, but hooks of the user's may have packed and unpacked them.
+    const at::Tensor logits = aligned(saved[0]), target = aligned(saved[1]), normalizer = aligned(saved[2]);
     const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     at::Tensor gradient;

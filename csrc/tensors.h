@@ -27,6 +27,11 @@ inline std::optional<cpu::Dtype> supported_dtype(const at::Tensor& tensor) {
   }
 }
 
+// Whether memory is aligned to the tensor's type, as C++ wants it: torch.frombuffer takes memory at any byte.
+inline bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
+}
+
 // Reads lists of tensors, and remembers whether all of them are such as the kernels take: plain dense CPU tensors of a
 // supported dtype, every list parallel to the first. Nothing of a list is touched before `ok` was asked.
 class TensorReader {
@@ -53,7 +58,7 @@ class TensorReader {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     const auto dtype = supported_dtype(tensor);
     const bool plain = tensor.device().is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() &&
-                       !tensor.is_neg() && tensor.is_non_overlapping_and_dense();
+                       !tensor.is_neg() && tensor.is_non_overlapping_and_dense() && is_aligned(tensor);
     if (!plain || !dtype) return refuse();
     void* const data = writable ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     if (data == nullptr && tensor.numel() > 0) return refuse();
@@ -102,6 +107,7 @@ inline T* data(const pybind11::handle& object, int64_t numel) {
                     tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
   if (!fits) throw pybind11::value_error("expected a contiguous CPU tensor of another dtype or length");
   if (!has_memory(tensor)) throw pybind11::value_error("a tensor has no memory");
+  if (!is_aligned(tensor)) throw pybind11::value_error("the memory of a tensor is not aligned to its dtype");
   if constexpr (std::is_const_v<T>) {
     return static_cast<T*>(tensor.const_data_ptr());
   } else {

@@ -152,10 +152,16 @@ def _takes(logits: Tensor, target: Tensor) -> bool:
     return logits.dtype in _LOGITS_DTYPES and logits.numel() > 0 and logits.device.type == target.device.type == "cpu"
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and aligned to its dtype: ``torch.frombuffer`` takes memory at any byte."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 def _index_and_probability(target: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if target.dtype == torch.int64:
-        return target.contiguous(), None
-    return None, target.to(torch.float32).contiguous()
+        return _dense(target), None
+    return None, _dense(target.to(torch.float32))
 
 
 def cross_entropy_forward(
@@ -167,7 +173,7 @@ def cross_entropy_forward(
     normalizer = torch.empty(2, logits.shape[0], dtype=torch.float32, device="cpu")
     index, probability = _index_and_probability(target)
     rest = (label_smoothing, ignore_index, losses, normalizer)
-    _native.cross_entropy_forward(logits.contiguous(), index, probability, *rest)
+    _native.cross_entropy_forward(_dense(logits), index, probability, *rest)
     return losses, normalizer
 
 
@@ -184,11 +190,11 @@ def cross_entropy_backward(
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     index, probability = _index_and_probability(target)
     _native.cross_entropy_backward(
-        grad_losses.to(torch.float32).contiguous(),
-        logits.contiguous(),
+        _dense(grad_losses.to(torch.float32)),
+        _dense(logits),
         index,
         probability,
-        normalizer.contiguous(),
+        _dense(normalizer),
         label_smoothing,
         ignore_index,
         gradient,
@@ -199,7 +205,7 @@ def cross_entropy_backward(
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     dtype = torch.promote_types(compute_dtype(loss_before.dtype), compute_dtype(loss_after.dtype))
     indices = torch.empty(k, dtype=torch.int64, device="cpu")
-    _native.select(loss_before.to(dtype).contiguous(), loss_after.to(dtype).contiguous(), k, indices)
+    _native.select(_dense(loss_before.to(dtype)), _dense(loss_after.to(dtype)), k, indices)
     return indices
 
 
@@ -218,6 +224,6 @@ def _empty_rows(tensor: Tensor, count: int) -> Tensor | None:
 
 def gather(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     rows = [_empty_rows(tensor, indices.numel()) for tensor in tensors]
-    if any(row is None for row in rows) or not _native.gather(tensors, rows, indices.contiguous()):
+    if any(row is None for row in rows) or not _native.gather(tensors, rows, _dense(indices)):
         return reference.gather(tensors, indices)
     return rows  # type: ignore[return-value]
