@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from esam_kernels.backends.reference import NUM_PARTIALS  # noqa: E402
-from esam_kernels.backends.triton import blocks, cross_entropy, norm, perturb, select_gather, update  # noqa: E402
+from esam_kernels.backends.triton import adam, blocks, cross_entropy, norm, perturb, select_gather, update  # noqa: E402
 
 SUMMARY = Path(__file__).with_name("codegen_summary.json")
 ARCHITECTURES = (80, 90, 100)
@@ -102,7 +102,7 @@ def streaming_cases() -> list[Case]:
             streaming("perturb mask", perturb.perturb_kernel, dtype, 4, ANY_ADAPTIVE=False, ELEMENT_MASK=True),
             streaming("restore", update.restore_kernel, dtype, 2, bits=True),
             streaming("sgd", update.restore_sgd_kernel, dtype, 5, NESTEROV=False, MAXIMIZE=False, **sgd),
-            streaming("adamw", update.restore_adam_kernel, dtype, 7, MAXIMIZE=False, **adamw),
+            streaming("adamw", adam.restore_adam_kernel, dtype, 7, MAXIMIZE=False, **adamw),
         ]
     for dtype in (torch.float32, torch.bfloat16):
         cases += [

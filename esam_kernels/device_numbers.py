@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from esam_kernels import uploads
+
+# So many numbers are written by a launch each, with the number as its argument; more are cheaper as one copy.
+MOST_FILLS = 8
+
 
 def is_capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph."""
@@ -13,7 +18,7 @@ def is_capturing() -> bool:
 
 
 class DeviceNumbers:
-    """A small tensor that stays where it is; setting new numbers copies them there without waiting for the device."""
+    """A small tensor that stays where it is; setting new numbers writes them there without waiting for the device."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._values: list[float] = []
@@ -21,12 +26,20 @@ class DeviceNumbers:
 
     def set(self, values: Sequence[float], device: torch.device) -> None:
         """Make the tensor hold ``values``, on ``device``. It moves only when their number or the device changes."""
+        values = list(values)
         moves = len(values) != len(self._values) or self.tensor.device != device
-        if not moves and self._values == list(values):
+        if not moves and self._values == values:
             return
-        fresh = torch.tensor(values, dtype=self.tensor.dtype, device="cpu")
-        if moves:
-            self.tensor = fresh.to(device, non_blocking=True)
+        changed = [i for i, (old, new) in enumerate(zip(self._values, values)) if old != new]
+        if not moves and len(set(values)) == 1:
+            self.tensor.fill_(values[0])
+        elif not moves and len(changed) <= MOST_FILLS:
+            for i in changed:
+                self.tensor[i].fill_(values[i])
         else:
-            self.tensor.copy_(fresh, non_blocking=True)
-        self._values = list(values)
+            fresh = uploads.staged(torch.tensor(values, dtype=self.tensor.dtype, device="cpu"), device)
+            if moves:
+                self.tensor = fresh.to(device, non_blocking=True)
+            else:
+                self.tensor.copy_(fresh, non_blocking=True)
+        self._values = values

@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from esam_kernels import backends
-from esam_kernels.backends.triton import blocks, cross_entropy, norm, perturb, select_gather, update
+from esam_kernels import backends, uploads
+from esam_kernels.backends.triton import adam, blocks, cross_entropy, norm, perturb, select_gather, update
 
-MODULES = (norm, perturb, update, cross_entropy, select_gather)
+MODULES = (norm, perturb, update, adam, cross_entropy, select_gather)
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -41,7 +41,7 @@ class Launch:
 
 def _choose_the_first(arguments: dict[str, Any]) -> None:
     """Indices that lie inside the batch: what is gathered by them is read on the host in this tier."""
-    arguments["indices_ptr"].copy_(torch.arange(arguments["k"]))
+    torch.arange(arguments["k"], out=arguments["indices_ptr"])
 
 
 EFFECTS: dict[str, Callable[[dict[str, Any]], None]] = {"select_kernel": _choose_the_first}
@@ -182,12 +182,12 @@ def _tell_package(patch: Any, stand_in: StandIn) -> None:
     patch.setattr(triton_backend, "unavailable", lambda device: None)
     patch.setitem(backends._DEFAULT_ORDER, "cpu", backends._DEFAULT_ORDER["cuda"])
     patch.setattr(backends, "_resolved", {})
-    upload = blocks.upload
+    staged = uploads.staged
 
-    def counted_upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def counted(values: torch.Tensor, device: torch.device) -> torch.Tensor:
         stand_in.note("upload", values.nbytes)
-        return upload(values, device)
+        return staged(values, device)
 
-    patch.setattr(blocks, "upload", counted_upload)
+    patch.setattr(uploads, "staged", counted)
     for cached in (blocks._addresses, blocks._layout):
         cached.cache_clear()

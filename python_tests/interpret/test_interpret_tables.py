@@ -144,6 +144,7 @@ def test_captured_tables_are_kept_out_of_the_cache(blocks, monkeypatch):
     eager = blocks.table([params])
     monkeypatch.setattr(blocks, "capturing", lambda device: True)
     monkeypatch.setattr(blocks, "_captured", [])
+    monkeypatch.setattr(blocks, "_captured_staging", lambda numel, dtype: torch.empty(numel, dtype=dtype))
     captured = blocks.table([params])
     assert captured.addresses is not eager.addresses
     assert captured.layout is not eager.layout
@@ -157,10 +158,10 @@ def test_only_a_cuda_stream_is_asked_whether_it_captures(blocks, monkeypatch):
 
 
 def test_adam_counters_on_another_device_are_refused_in_a_capture(kernels, monkeypatch):
-    from esam_kernels.backends.triton import update
+    from esam_kernels.backends.triton import adam
 
-    monkeypatch.setattr(update, "capturing", lambda device: True)
-    w = [torch.zeros(4)]
-    steps = [torch.tensor(0.0, dtype=torch.float64)]
+    monkeypatch.setattr(adam, "capturing", lambda device: True)
+    monkeypatch.setattr(adam, "_are_on", lambda device, steps: False)
+    w, steps = [torch.zeros(4)], [torch.tensor(0.0)]
     with pytest.raises(RuntimeError, match="capturable"):
         kernels.restore_adam_(w, w, w, w, w, [], steps, 0.1, None, 0.9, 0.9, 1e-8, 0.0, False, False, True)

@@ -11,9 +11,10 @@ PACKAGE = Path(esam_kernels.__file__).parent
 
 # From the ground up. A room is a module or a folder; those in one row know nothing of each other.
 FLOORS = [
-    ["logs"],
+    ["logs", "uploads"],
+    ["device_numbers"],
     ["backends"],
-    ["settings", "tensor_lists", "device_numbers", "hooks"],
+    ["settings", "tensor_lists", "hooks"],
     ["ops", "normalization"],
     ["distributed"],
     ["selection"],

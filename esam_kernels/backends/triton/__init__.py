@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from esam_kernels.backends.triton.adam import restore_adam_ as restore_adam_
     from esam_kernels.backends.triton.cross_entropy import cross_entropy_backward as cross_entropy_backward
     from esam_kernels.backends.triton.cross_entropy import cross_entropy_forward as cross_entropy_forward
     from esam_kernels.backends.triton.norm import norm_partials as norm_partials
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from esam_kernels.backends.triton.select_gather import gather as gather
     from esam_kernels.backends.triton.select_gather import select as select
     from esam_kernels.backends.triton.update import restore_ as restore_
-    from esam_kernels.backends.triton.update import restore_adam_ as restore_adam_
     from esam_kernels.backends.triton.update import restore_sgd_ as restore_sgd_
 
 FUSES_UPDATES = True
@@ -33,7 +33,7 @@ _MODULE_OF_OPERATOR = {
     "perturb_": "perturb",
     "restore_": "update",
     "restore_sgd_": "update",
-    "restore_adam_": "update",
+    "restore_adam_": "adam",
     "cross_entropy_forward": "cross_entropy",
     "cross_entropy_backward": "cross_entropy",
     "select": "select_gather",

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esam_kernels import uploads
 from esam_kernels.backends.reference import NUM_PARTIALS
 
 NUM_WARPS = 4
@@ -122,7 +123,7 @@ def _addresses(
     device: torch.device, stream: int, num_tensors: int, addresses: tuple[int, ...], scalars: tuple[int, ...]
 ) -> Tensor:
     """Row ALIGNMENT, the bitwise or of each tensor's addresses; then a row for each list, and one of ``scalars``."""
-    rows = torch.tensor(addresses + scalars, dtype=torch.int64).view(-1, num_tensors)
+    rows = torch.tensor(addresses + scalars, dtype=torch.int64, device="cpu").view(-1, num_tensors)
     alignment = functools.reduce(torch.bitwise_or, rows[: len(addresses) // num_tensors])
     return upload(torch.cat((alignment, rows.flatten())), device)
 
@@ -139,10 +140,10 @@ def _layout(
     adaptive: tuple[bool, ...],
 ) -> tuple[Tensor, int]:
     """Rows NUMEL, OFFSET, GROUP, ADAPTIVE, FIRST_BLOCK, and the number of all blocks."""
-    rows = torch.zeros(LAYOUT_ROWS.value, num_tensors, dtype=torch.int64)
+    rows = torch.zeros(LAYOUT_ROWS.value, num_tensors, dtype=torch.int64, device="cpu")
     for row, values in ((NUMEL, numels), (OFFSET, offsets), (GROUP, groups), (ADAPTIVE, adaptive)):
         if values:
-            rows[row.value] = torch.tensor(values, dtype=torch.int64)
+            rows[row.value] = torch.tensor(values, dtype=torch.int64, device="cpu")
     counts = (rows[NUMEL.value] + block - 1) // block
     ends = counts.cumsum(0)
     rows[FIRST_BLOCK.value] = ends - counts
@@ -152,10 +153,8 @@ def _layout(
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on ``device``, made without waiting for it, also inside the capture of a CUDA graph."""
     logger.debug("a table of %d numbers goes to %s: its tensors have not been met before", values.numel(), device)
-    if device.type != "cuda":
-        return values.to(device)
     if not capturing(device):
-        return values.pin_memory().to(device, non_blocking=True)
+        return uploads.staged(values, device).to(device, non_blocking=True)
     staging = _captured_staging(values.numel(), values.dtype)
     staging.copy_(values)
     return staging.to(device, non_blocking=True)
@@ -173,7 +172,7 @@ def _reserve_staging(needed: int) -> None:
     Every capture takes some of it for good, so that it is filled up as soon as less than ``needed`` bytes are left.
     """
     if not _staging or _staging[0].numel() < needed:
-        _staging[:] = [torch.empty(max(STAGING_BYTES, needed), dtype=torch.uint8, pin_memory=True)]
+        _staging[:] = [torch.empty(max(STAGING_BYTES, needed), dtype=torch.uint8, device="cpu", pin_memory=True)]
 
 
 def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
@@ -183,7 +182,7 @@ def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
         taken, _staging[0] = _staging[0][:size], _staging[0][size:]
         staging = taken[: numel * dtype.itemsize].view(dtype)
     else:
-        staging = torch.empty(numel, dtype=dtype, pin_memory=True)
+        staging = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
     _captured.append(staging)
     return staging
 
