@@ -23,7 +23,7 @@ ENVIRONMENT_VARIABLE = "ESAM_KERNELS_BACKEND"
 NAMES = ("reference", "native", "triton", "cuda")
 
 # The order in which backends are tried on a device when none is asked for; anything else runs the reference.
-_DEFAULT_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+_DEFAULT_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 @functools.cache
@@ -73,11 +73,18 @@ def _choose(name: str, device: torch.device) -> Backend:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} is not available for {device.type} tensors: {reason}")
         return load(name)
-    for candidate in _DEFAULT_ORDER.get(device.type, ("reference",)):
+    order = _DEFAULT_ORDER.get(device.type, ("reference",))
+    reasons: dict[str, str] = {}
+    for candidate in order:
         reason = unavailable(candidate, device)
         if reason is None:
-            return load(candidate)
-        # One that is there and cannot be used is worth a line that is seen; one that was never built is not.
-        level = logging.WARNING if extensions.is_present(candidate) else logging.INFO
-        logger.log(level, "backend %r is not available for %s tensors: %s", candidate, device.type, reason)
-    return load("reference")
+            break
+        reasons[candidate] = reason
+    if reasons:
+        # One that is there and cannot be used is worth a line that is seen, and so is a GPU that is not made use of.
+        is_seen = device.type == "cuda" or any(map(extensions.is_present, reasons))
+        found = "; ".join(
+            f"backend {name!r} is not available for {device.type} tensors: {reasons[name]}" for name in reasons
+        )
+        logger.log(logging.WARNING if is_seen else logging.INFO, "%s; backend %r takes its place", found, candidate)
+    return load(candidate)

@@ -65,7 +65,11 @@ def unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type == "cuda":
-        return "TRITON_INTERPRET=1 serves CPU tensors only: unset it" if _interpreted() else None
+        if _interpreted():
+            return "TRITON_INTERPRET=1 serves CPU tensors only: unset it"
+        from esam_kernels.backends.triton import driver
+
+        return driver.why_not()
     if device.type == "cpu":
         if _interpreted():
             return None
