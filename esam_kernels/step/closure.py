@@ -50,7 +50,7 @@ class ClosureStep:
         is_sure = first_gradients is not None
         if first_gradients is None:
             first_gradients = self._are_new(phases) and _kind(closure) not in self._zeroing
-        if not any(phases.perturbation.radii):
+        if not phases.perturbs:
             if first_gradients:
                 phases.drop_gradients()
             return closure()

@@ -347,3 +347,36 @@ def test_a_parameter_that_the_closure_does_not_reach_is_left_without_a_gradient(
     optimizer.step(closure)
     assert extra.grad is None
     assert extra.item() == 1.0
+
+
+# -- no parameter that trains has a radius -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ascent", ["current", "previous"])
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_where_all_that_has_a_radius_is_frozen_the_closure_is_called_once(ascent, has_gradients):
+    model, twin = oracles.mlp(), oracles.mlp()
+    model[0].requires_grad_(False)
+    twin[0].requires_grad_(False)
+    groups = [{"params": model[0].parameters()}, {"params": model[2:].parameters(), "rho": 0.0}]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, momentum=0.9, rho=RHO, beta=1.0, gamma=1.0, ascent=ascent)
+    base = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    calls = []
+    for step in range(STEPS):
+
+        def closure():
+            calls.append(1)
+            loss = oracles.losses_of(model)(*oracles.batch(seed=step)).mean()
+            loss.backward()
+            return loss
+
+        if has_gradients:
+            oracles.losses_of(model)(*oracles.batch(seed=step + 50)).mean().backward()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        oracles.losses_of(twin)(*oracles.batch(seed=step)).mean().backward()
+        base.step()
+        base.zero_grad()
+    assert len(calls) == STEPS
+    for param, other in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(param, other)
