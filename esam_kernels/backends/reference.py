@@ -90,7 +90,11 @@ def norm_partials(
     adaptive: Sequence[bool],
     eta: float,
 ) -> Tensor:
-    """Partial sums that add up to ||T(w) g||^2: float64, shape (NUM_PARTIALS,). Here the first slot holds all."""
+    """Partial sums that add up to ||T(w) g||^2: float64, shape (NUM_PARTIALS,). Here the first slot holds all.
+
+    Each backend adds in an order of its own, always the same. Any order is right to 2^-53, relative, for each addition
+    that a square passes. Here it is torch's order, where they grow with the largest tensor.
+    """
     partials = torch.zeros(NUM_PARTIALS, dtype=torch.float64, device=grads[0].device)
     for param, grad, group in zip(params, grads, groups, strict=True):
         scaled = grad.double() * _scaling(param.double(), True, eta) if adaptive[group] else grad

@@ -52,6 +52,24 @@ def test_norm_is_the_reference_norm(isa, dtype, adaptive):
     torch.testing.assert_close(actual.sum(), expected, rtol=1e-12, atol=0)
 
 
+# The additions that a square passes: in its lane, 8192 / 32 of a chunk; from 32 lanes to one; and the chunks of SIZES.
+ADDITIONS = 256 + 5 + sum(-(-size // 8192) for size in SIZES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_norm_is_exact_to_one_rounding_an_addition(isa, dtype, adaptive, constant):
+    """torch's own sum, the reference's, adds in fewer lanes and without chunks: its error grows with the tensor."""
+    params, grads = tensors(dtype), tensors(dtype)
+    if constant:  # every addition of a lane rounds the same way: the worst case
+        grads = [torch.full_like(grad, 0.1) for grad in grads]
+    partials = native.norm_partials(params, grads, [0] * len(SIZES), [adaptive], ETA)
+    scaled = [g.double() * (w.double().abs() + ETA if adaptive else 1.0) for w, g in zip(params, grads)]
+    exact = math.fsum(square for tensor in scaled for square in tensor.square().tolist())
+    assert math.fsum(partials.tolist()) == pytest.approx(exact, rel=ADDITIONS * 2.0**-53, abs=0)
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_norm_survives_squares_outside_float32(isa, scale):
     grads = tensors(torch.float32, scale)
