@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "tensors.h"
+
 namespace esam {
 namespace {
 
@@ -29,6 +31,16 @@ bool are_alike(const py::list& tensors, const py::list& params) {
     if (a == nullptr || b == nullptr || a->layout() != at::kStrided || b->layout() != at::kStrided) return false;
     if (a->scalar_type() != b->scalar_type() || a->device() != b->device()) return false;
     if (a->sizes() != b->sizes() || a->strides() != b->strides()) return false;
+  }
+  return true;
+}
+
+// Whether all are alike, as above, and each has the memory that its shape reaches.
+bool are_parallel(const py::list& tensors, const py::list& params) {
+  if (!are_alike(tensors, params)) return false;
+  const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!has_memory(*tensor_at(tensors, i)) || !has_memory(*tensor_at(params, i))) return false;
   }
   return true;
 }
@@ -191,6 +203,7 @@ void register_host(py::module_& module) {
   module.def("addresses", &addresses);
   module.def("are_alike", &are_alike);
   module.def("are_exact", &are_exact);
+  module.def("are_parallel", &are_parallel);
   module.def("are_plainly_alike", &are_plainly_alike);
   module.def("are_same", &are_same);
   module.def("drop_gradients", &drop_gradients);

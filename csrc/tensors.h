@@ -86,11 +86,16 @@ class TensorReader {
 
 // Whether the storage has all the bytes that the tensor's shape and strides reach: it may have been freed or cut.
 inline bool has_memory(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return true;
-  int64_t last = tensor.storage_offset();
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  return tensor.has_storage() && tensor.storage().data() != nullptr &&
-         static_cast<int64_t>(tensor.storage().nbytes()) >= (last + 1) * static_cast<int64_t>(tensor.element_size());
+  const int64_t numel = tensor.numel();
+  if (numel == 0) return true;
+  if (!tensor.has_storage()) return false;
+  int64_t end = tensor.storage_offset() + numel;
+  if (!tensor.is_non_overlapping_and_dense()) {
+    end = tensor.storage_offset() + 1;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) end += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  const c10::StorageImpl& storage = *tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  return storage.data() != nullptr && storage.nbytes() >= static_cast<size_t>(end) * tensor.element_size();
 }
 
 // One tensor. Throws a TypeError for anything else.

@@ -27,6 +27,21 @@ def _are_alike(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
     )
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage has all the bytes that shape and strides reach: it may have been freed or cut."""
+    if tensor.layout != torch.strided or tensor.numel() == 0 or not torch._C._has_storage(tensor):
+        return True  # none of its own: a wrapper of others
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + tensor.storage_offset()
+    return tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
+
+
+def _are_parallel(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
+    """Whether they are alike, and each has the memory that its shape reaches."""
+    return _are_alike(tensors, params) and all(
+        tensor is not None and has_memory(tensor) and has_memory(param) for tensor, param in zip(tensors, params)
+    )
+
+
 def _are_plainly_alike(tensors: Sequence[Tensor | None], params: list[Tensor]) -> bool:
     """Whether they are alike, and none is empty or needs a gradient itself."""
     return _are_alike(tensors, params) and not any(
@@ -183,6 +198,9 @@ increment_version: Callable[[list[Tensor]], None] = (
     _in_cpp.increment_version if _in_cpp else torch.autograd.graph.increment_version
 )
 are_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = _in_cpp.are_alike if _in_cpp else _are_alike
+are_parallel: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = (
+    _in_cpp.are_parallel if _in_cpp else _are_parallel
+)
 are_plainly_alike: Callable[[Sequence[Tensor | None], list[Tensor]], bool] = (
     _in_cpp.are_plainly_alike if _in_cpp else _are_plainly_alike
 )

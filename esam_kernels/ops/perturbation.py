@@ -13,12 +13,12 @@ from torch import Tensor
 
 from esam_kernels.backends import resolve
 from esam_kernels.backends.reference import NUM_PARTIALS
-from esam_kernels.ops.registration import check, register
-from esam_kernels.tensor_lists import are_alike, increment_version
+from esam_kernels.ops.registration import check, check_memory, register
+from esam_kernels.tensor_lists import are_alike, are_parallel, increment_version
 
 
 def _check_parallel(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
-    if are_alike(tensors, params):
+    if are_parallel(tensors, params):
         return
     check(len(tensors) == len(params), lambda: f"{name} has {len(tensors)} tensors, params has {len(params)}")
     for i, (tensor, param) in enumerate(zip(tensors, params)):
@@ -26,6 +26,7 @@ def _check_parallel(name: str, tensors: list[Tensor], params: list[Tensor]) -> N
             are_alike([tensor], [param]),
             lambda: f"{name}[{i}] ({_lie(tensor)}) does not match params[{i}] ({_lie(param)})",
         )
+        check_memory(**{f"{name}[{i}]": tensor, f"params[{i}]": param})
 
 
 def _lie(tensor: Tensor) -> str:

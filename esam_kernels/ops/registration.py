@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.protocol import Direct
-from esam_kernels.tensor_lists import are_exact
+from esam_kernels.tensor_lists import are_exact, has_memory
 
 _library = torch.library.Library("esam_kernels", "DEF")
 
@@ -20,6 +20,17 @@ def check(condition: bool, message: Callable[[], str]) -> None:
     """Refuse arguments with a ValueError."""
     if not condition:
         raise ValueError(message())
+
+
+def check_memory(**tensors: Tensor) -> None:
+    """Refuse tensors whose storage has been freed or cut since: torch's own operators would read beyond it."""
+    for name, tensor in tensors.items():
+        check(has_memory(tensor), lambda: f"the memory of {name} was freed: {_storage_of(tensor)}")
+
+
+def _storage_of(tensor: Tensor) -> str:
+    has = tensor.untyped_storage().nbytes()
+    return f"its storage has {has} bytes, too few for {tensor.dtype} of shape {tuple(tensor.shape)}; give one in use"
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

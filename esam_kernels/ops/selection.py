@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from esam_kernels.backends import reference, resolve
 from esam_kernels.backends.reference import compute_dtype
-from esam_kernels.ops.registration import check, direct, register
+from esam_kernels.ops.registration import check, check_memory, direct, register
 
 
 def _check_devices(**tensors: Tensor) -> None:
@@ -25,6 +25,7 @@ def _check_devices(**tensors: Tensor) -> None:
 
 def _check_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> None:
     _check_devices(logits=logits, target=target)
+    check_memory(logits=logits, target=target)
     check(
         logits.dim() == 2 and logits.is_floating_point(),
         lambda: f"logits must be floating point (rows, classes), got {logits.dtype} {tuple(logits.shape)}",
@@ -93,6 +94,7 @@ def _cross_entropy_backward(
         tuple(grad_losses.shape) == (logits.shape[0],),
         lambda: f"grad_losses must have shape ({logits.shape[0]},), got {tuple(grad_losses.shape)}",
     )
+    check_memory(grad_losses=grad_losses, normalizer=normalizer)
     gradient: Tensor = resolve(backend, logits.device).cross_entropy_backward(
         grad_losses, logits, target, normalizer, label_smoothing, ignore_index
     )
@@ -164,6 +166,7 @@ def _select(loss_before: Tensor, loss_after: Tensor, k: int, backend: str = "") 
         lambda: f"loss_before has {loss_before.shape[0]} samples, loss_after has {loss_after.shape[0]}",
     )
     _check_devices(loss_before=loss_before, loss_after=loss_after)
+    check_memory(loss_before=loss_before, loss_after=loss_after)
     check(1 <= k <= loss_before.shape[0], lambda: f"k must lie in [1, {loss_before.shape[0]}], got {k}")
     indices: Tensor = resolve(backend, loss_before.device).select(loss_before, loss_after, k)
     return indices
@@ -188,10 +191,7 @@ Ties go to the lower index, NaN ranks last, -0.0 equals 0.0. Nothing waits for t
 def _check_rows(tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         check(tensor.dim() >= 1, lambda: f"tensors[{i}] has no batch dimension")
-        check(
-            tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0,
-            lambda: f"the memory of tensors[{i}] was freed: its storage has no bytes",
-        )
+        check_memory(**{f"tensors[{i}]": tensor})
 
 
 def _gather(tensors: list[Tensor], indices: Tensor, backend: str = "") -> list[Tensor]:
@@ -238,6 +238,7 @@ def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int, i
         )
     samples = before.shape[0]
     _check_devices(before=before, after=after)
+    check_memory(before=before, after=after)
     check(after.shape[0] == samples, lambda: f"before has {samples} samples, after has {after.shape[0]}")
     check(1 <= k <= samples, lambda: f"k must lie in [1, {samples}], got {k}")
 

@@ -5,17 +5,19 @@ import torch
 import torch.nn.functional as F
 from native_cases import extension
 
-from esam_kernels import cross_entropy, gather, ops
+from esam_kernels import cross_entropy, gather, ops, select
 from esam_kernels.backends import native, reference
 
+BACKENDS = pytest.mark.parametrize("backend", ["native", "reference"])
 
-def freed(*shape):
-    tensor = torch.randn(*shape)
+
+def freed(*shape, dtype=torch.float32):
+    tensor = torch.zeros(*shape, dtype=dtype)
     tensor.untyped_storage().resize_(0)
     return tensor
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@BACKENDS
 def test_rows_of_freed_memory_are_refused(backend):
     indices = torch.tensor([0, 2])
     with pytest.raises(ValueError, match=r"memory of tensors\[1\] was freed"):
@@ -24,11 +26,65 @@ def test_rows_of_freed_memory_are_refused(backend):
         gather(indices, freed(4, 3))
 
 
-def test_a_storage_that_is_too_short_is_refused():
+@BACKENDS
+def test_a_storage_that_is_too_short_is_refused(backend):
     tensor = torch.randn(4, 3)
     tensor.untyped_storage().resize_(24)
     with pytest.raises(ValueError, match="no memory"):
         native.gather([tensor], torch.tensor([3]))
+    with pytest.raises(ValueError, match="24 bytes, too few"):
+        ops.gather([tensor], torch.tensor([3]), backend=backend)
+
+
+@BACKENDS
+def test_losses_of_freed_memory_are_refused(backend):
+    x, target, losses, normalizer = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.ones(4), torch.zeros(2, 4)
+    rest, indices = (0.0, -100), freed(4, dtype=torch.int64)
+    for name, logits, labels in (
+        ("logits", freed(4, 3), target),
+        ("target", x, indices),
+        ("target", x, freed(4, 3)),
+    ):
+        with pytest.raises(ValueError, match=f"memory of {name} was freed"):
+            ops.cross_entropy_forward(logits, labels, *rest, backend=backend)
+        with pytest.raises(ValueError, match=f"memory of {name} was freed"):
+            ops.cross_entropy_backward(losses, logits, labels, normalizer, *rest, backend=backend)
+        with pytest.raises(ValueError, match=f"memory of {name} was freed"):
+            cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match="memory of grad_losses was freed"):
+        ops.cross_entropy_backward(freed(4), x, target, normalizer, *rest, backend=backend)
+    with pytest.raises(ValueError, match="memory of normalizer was freed"):
+        ops.cross_entropy_backward(losses, x, target, freed(2, 4), *rest, backend=backend)
+    with pytest.raises(ValueError, match="memory of loss_before was freed"):
+        ops.select(freed(4), losses, 2, backend=backend)
+    with pytest.raises(ValueError, match="memory of loss_after was freed"):
+        select(losses, freed(4), 2)
+    for before, after, labels in ((freed(4), losses, None), (freed(4, 3), losses, target)):
+        with pytest.raises(ValueError, match=r"memory of (before|logits) was freed"):
+            ops.select_gather(before, after, [x], 2, labels, backend=backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["params", "grads", "backups", "momentum_buffers"])
+def test_weights_and_gradients_of_freed_memory_are_refused(backend, name):
+    given = {key: [torch.ones(3), torch.ones(5)] for key in ("params", "grads", "backups", "momentum_buffers")}
+    given[name][1] = freed(5)
+    w, g, b, m = given.values()
+    message = rf"memory of {name}\[1\] was freed"
+    partials, scale = torch.ones(reference.NUM_PARTIALS, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    with torch.no_grad():
+        if name in ("params", "grads"):
+            with pytest.raises(ValueError, match=message):
+                ops.norm_partials(w, g, [0, 0], [False], 0.0, backend=backend)
+        if name != "momentum_buffers":
+            with pytest.raises(ValueError, match=message):
+                ops.perturb_(w, g, b, [0, 0], [0, 4], partials, scale, [False], 0.0, 1.0, 0.0, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            ops.restore_sgd_(w, b, g, m, False, 0.1, None, 0.9, 0.0, 0.0, False, False, backend=backend)
+        if name in ("params", "backups"):
+            with pytest.raises(ValueError, match=message):
+                ops.restore_(w, b, backend=backend)
+    assert all(torch.equal(tensors[0], torch.ones(3)) for tensors in given.values())
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,17 @@ def test_only_what_is_plainly_alike_is_said_to_be(name):
         weights[1] = torch.ones(0)
     for function in (native.extension.are_plainly_alike, tensor_lists._are_plainly_alike):
         assert function(grads, weights) is (name == "alike")
+
+
+def test_tensors_are_parallel_where_all_have_their_memory():
+    def freed():
+        tensor = torch.ones(2, 3)
+        tensor.untyped_storage().resize_(20)
+        return tensor
+
+    empty, whole = torch.ones(0), torch.ones(2, 3)
+    for function in (native.extension.are_parallel, tensor_lists._are_parallel):
+        assert function([whole, empty], [whole, empty])
+        assert not function([whole], [whole.t()])
+        assert not function([freed()], [whole])
+        assert not function([whole], [freed()])
