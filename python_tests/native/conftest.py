@@ -1,5 +1,7 @@
 """The native tier: the C++ backend against the reference, on every instruction set that this machine has."""
 
+import math
+
 import pytest
 import torch
 from native_cases import extension
@@ -23,3 +25,17 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def exact_square_roots(monkeypatch):
+    """torch's own square root may be MKL's, which is up to one unit off; the C++ rounds it correctly."""
+
+    def sqrt(tensor):
+        return (
+            torch.tensor([math.sqrt(x) for x in tensor.flatten().tolist()], dtype=torch.float64)
+            .view(tensor.shape)
+            .to(tensor.dtype)
+        )
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", sqrt)

@@ -34,6 +34,18 @@ def clones(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[tensor.clone() for tensor in tensors] for tensors in lists]
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """A copy that begins a byte after an address that is a multiple of 16."""
+    buffer = bytearray(tensor.nbytes + 64)
+    start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 16 + 1
+    view = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel() + 1, offset=start)
+    assert tensor.element_size() == 1 or view.data_ptr() % tensor.element_size() != 0
+    view = view[:-1].view(tensor.shape)
+    with torch.no_grad():
+        view.copy_(tensor)
+    return view
+
+
 def offsets_of(params: Sequence[Tensor]) -> list[int]:
     """Each tensor's first element, counted over all, from a whole Philox counter on."""
     offsets, position = [], 0

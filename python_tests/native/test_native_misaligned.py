@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import DTYPES, assert_same_bits, clones, extension, tensors
+from native_cases import DTYPES, assert_same_bits, clones, extension, misaligned, tensors
 from torch import Tensor
 
 from esam_kernels import ESAM, cross_entropy, gather, select
@@ -15,17 +15,6 @@ SIZES = (1, 17, 1027, 8193)
 GROUPS, OFFSETS = [0, 1, 0, 1], [0, 4, 24, 1052]
 SCALE = torch.tensor([0.05, 0.2], dtype=torch.float64)
 STATE = torch.tensor([5, 7, round(0.6 * 2**32) - 1])
-
-
-def misaligned(tensor: Tensor, shift: int = 1) -> Tensor:
-    """A copy that begins ``shift`` bytes after an aligned address."""
-    buffer = bytearray(tensor.nbytes + 64)
-    start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 16 + shift
-    view = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    assert view.data_ptr() % tensor.element_size() != 0
-    with torch.no_grad():
-        view.copy_(tensor)
-    return view
 
 
 def all_misaligned(tensors: list[Tensor]) -> list[Tensor]:
