@@ -41,7 +41,8 @@ kernels compiled for sm_90 by Triton itself, launches are written down \
 | `interpret` | the Triton kernels under Triton's interpreter, against the reference | what the compiler makes of them |
 | `codegen` | the compiled Triton kernels: registers, spills and instructions from the disassembly | that they run |
 | `cuda_host` | the CUDA kernels, compiled by the host's compiler: an emulator runs each thread of each block on the \
-CPU | races between two threads at the very same time, memory ordering, speed |
+CPU; whole steps of every plan on them, with their launches and addresses written down \
+| races between two threads at the very same time, memory ordering, speed |
 """
 HOW = """
 ## How to run it

@@ -18,19 +18,24 @@ class Random(Ranking):
 
     def __init__(self) -> None:
         # For each size of a batch, so that a captured step finds its own in place after a smaller last batch.
-        self._words: dict[int, DeviceNumbers] = {}
+        self._ranks: dict[int, DeviceNumbers] = {}
 
     def scores(self, context: RankingContext) -> Tensor:
         """A random number for each sample: the same on every device and backend."""
         losses = context.losses
         if not is_capturing():
             self.upload(context.seed, context.step, len(losses), losses.device)
-        return self._words[len(losses)].tensor
+        return self._ranks[len(losses)].tensor
 
     def upload(self, seed: int, step: int, samples: int, device: torch.device) -> list[Tensor]:
-        """The words of this step."""
+        """The ranks of this step's words, of which of two that are equal the earlier is the higher.
+
+        float32 holds them exactly, which a word does not fit into.
+        """
         counters = torch.arange(-(-samples // 4), device="cpu") + _STREAM
         words = torch.stack(reference.philox(counters, step, seed), dim=-1).flatten()[:samples]
-        numbers = self._words.setdefault(samples, DeviceNumbers(torch.float64))
-        numbers.set(words.tolist(), device)
+        ranks = torch.empty(samples, dtype=torch.int64, device="cpu")
+        ranks[words.argsort(descending=True, stable=True)] = torch.arange(samples, 0, -1, device="cpu")
+        numbers = self._ranks.setdefault(samples, DeviceNumbers(torch.float32))
+        numbers.set(ranks.tolist(), device)
         return [numbers.tensor]

@@ -13,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import building  # noqa: E402
 
 from esam_kernels.backends import cuda  # noqa: E402
+from esam_kernels.backends.cuda import extension  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +33,8 @@ def order(request, emulated):
 
 @pytest.fixture
 def backend(emulated, monkeypatch):
-    monkeypatch.setattr(cuda, "_cuda", emulated)
-    monkeypatch.setattr(cuda, "_where", lambda device: (0, 0))
+    monkeypatch.setattr(extension, "kernels", emulated)
+    monkeypatch.setattr(extension, "where", lambda device: (0, 0))
     for name in ("empty", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     return cuda

@@ -12,6 +12,7 @@ from cross_entropy_checks import OFFSETS, check_gradient_at_offset, check_zero_p
 
 from esam_kernels import ESAM, backends, cross_entropy, ops
 from esam_kernels.backends import reference
+from esam_kernels.backends.cuda import extension, perturbation
 from esam_kernels.doctor import self_check
 
 # Where threads of a block exchange something, they run in two orders.
@@ -90,7 +91,7 @@ def test_adam_with_steps_counted_on_the_host(backend, monkeypatch):
         given.append(len(steps))
         return [], [step.item() for step in steps]
 
-    monkeypatch.setattr(backend, "_count_steps", count_on_host)
+    monkeypatch.setattr(perturbation, "_count_steps", count_on_host)
     for dtype in checks.DTYPES:
         checks.check_adam(backend, torch.device("cpu"), dtype, False, True, False, torch.device("cpu"), None, 0)
     assert len(given) == 3
@@ -154,7 +155,7 @@ def test_losses_select_gather(backend, device, dtype, classes):
 def new_device(backend, monkeypatch, emulated):
     """A device of its own: which launch of B+ one takes is remembered."""
     number = next(_DEVICES)
-    monkeypatch.setattr(backend, "_where", lambda device: (number, 0))
+    monkeypatch.setattr(extension, "where", lambda device: (number, 0))
     yield number
     emulated.set_emulator(False, True, 3)
 

@@ -89,10 +89,14 @@ def training_in(monkeypatch, memory, draws=None, **options):
     return training
 
 
-def kept(memory):
-    """What is alive between two steps, but for the tables of addresses."""
+def forget_tables():
     blocks._addresses.cache_clear()
     blocks._layout.cache_clear()
+
+
+def kept(memory):
+    """What is alive between two steps, but for the tables of addresses."""
+    forget_tables()
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     return {
@@ -110,6 +114,7 @@ def cost(monkeypatch, stand_in, training):
     stand_in.forget()
     training.run()
     events = {"uploads": list(stand_in.uploads), "launches": stand_in.take()}
+    forget_tables()  # some of which would be new at the other addresses, and some not
     with watched(monkeypatch) as watch:
         training.run()
     return events | {"allocations": len(watch.allocations), "bytes": sum(watch.allocations)}

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from busy import AT_ONCE_SECONDS, while_busy
 from steps import BATCH, Training, assert_same_weights, batches, set_lr
 from torch import nn
 
@@ -43,6 +44,18 @@ def test_replays_are_eager_steps_bit_for_bit(backend_name, device, mask, base, a
         loss, expected = step(*batch), eager.step(batch)
         assert torch.equal(loss, expected)
     assert_same_weights(graphed, eager)
+
+
+@masks
+def test_a_replay_returns_at_once_while_the_device_is_busy(backend_name, device, mask):
+    step, graphed, _ = graphed_and_eager(device, backend_name, mask=mask)
+    given = batches(device, STEPS)
+    for number, batch in enumerate(given[:-1]):
+        set_lr(graphed.optimizer, 0.05 / (1 + number))
+        step(*batch)
+    call = while_busy(device, lambda: step(*given[-1]))
+    assert call.was_busy, "the step returned when the device was done"
+    assert call.seconds < AT_ONCE_SECONDS
 
 
 @masks

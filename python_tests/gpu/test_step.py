@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from busy import AT_ONCE_SECONDS, while_busy
 from steps import Training, assert_same_weights, batches
 from torch import nn
 
@@ -66,6 +67,44 @@ def test_a_scaled_step_never_waits_for_the_device(backend_name, device):
             training.step(batch, scaler=scaler)
             scaler.update()
     assert all(param.isfinite().all() for param in params)
+
+
+COUNTERS_ON_THE_HOST = {"base_optimizer": torch.optim.AdamW, "lr": 1e-3}
+AT_ONCE = {
+    "tensor mask": {},
+    "element mask": {"mask": "element"},
+    "first_order": {"ranking": "first_order"},
+    "random": {"ranking": "random"},
+    "momentum": {"ascent": "momentum", "gamma": 1.0},
+    "base step": {"rho": 0.0},
+    "AdamW, counters on the host": COUNTERS_ON_THE_HOST,
+    "base step of AdamW": {**COUNTERS_ON_THE_HOST, "rho": 0.0},
+}
+
+
+@pytest.mark.parametrize("mode", AT_ONCE)
+def test_a_step_returns_at_once_while_the_device_is_busy(backend_name, device, mode):
+    """Copies from pageable memory and the allocation of pinned memory wait too, which the guard above does not see."""
+    training = Training(device, backend_name)
+    options = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9} | AT_ONCE[mode]
+    if options["base_optimizer"] is torch.optim.AdamW:
+        del options["momentum"]
+    training.optimizer = ESAM(training.model.parameters(), backend=backend_name, model=training.model, **options)
+    given = batches(device, 12)
+    for batch in given[:-1]:
+        training.step(batch)
+    call = while_busy(device, lambda: training.step(given[-1]))
+    assert call.was_busy, "the step returned when the device was done"
+    assert call.seconds < AT_ONCE_SECONDS
+
+
+def test_a_call_that_waits_for_a_busy_device_is_noticed(device):
+    if device.type != "cuda":
+        pytest.skip("there is nothing to wait for")
+    one = torch.ones(1, device=device)
+    call = while_busy(device, one.item)
+    assert not call.was_busy
+    assert call.seconds > AT_ONCE_SECONDS
 
 
 def test_a_scaled_overflow_skips_the_update(backend_name, device):

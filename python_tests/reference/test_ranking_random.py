@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from esam_kernels import ESAM, SAM
+from esam_kernels.backends import reference
 from esam_kernels.ranking.base import RankingContext
 from esam_kernels.ranking.random import Random
 
@@ -43,9 +44,18 @@ def test_b_plus_is_drawn_by_philox_from_seed_and_step(seed):
     assert [drawn(optimizer) for _ in range(4)] == [wanted(seed, step, 12, 5) for step in range(4)]
 
 
-def test_scores_are_the_words_themselves():
+def test_scores_are_the_ranks_of_the_words():
     context = RankingContext(torch.zeros(9), (), None, seed=5, step=3)
-    assert Random().scores(context).tolist() == [oracles.word(5, 3, 4 * SAMPLE_STREAM + i) for i in range(9)]
+    scores = Random().scores(context)
+    words = [oracles.word(5, 3, 4 * SAMPLE_STREAM + i) for i in range(9)]
+    assert scores.tolist() == [sum(other <= word for other in words) for word in words]
+    assert scores.dtype == torch.float32
+
+
+def test_of_two_equal_words_the_earlier_has_the_higher_rank(monkeypatch):
+    words = torch.tensor([[7], [9], [7], [9]]).unbind()
+    monkeypatch.setattr(reference, "philox", lambda *_: words)
+    assert Random().scores(RankingContext(torch.zeros(4), (), None, seed=0, step=0)).tolist() == [2.0, 4.0, 1.0, 3.0]
 
 
 def test_a_resumed_run_draws_what_the_first_one_would_have():

@@ -61,6 +61,6 @@ def test_a_dtype_has_the_same_number_in_python_and_in_both_extensions():
     numbers = {"Float32": 0, "BFloat16": 1, "Float16": 2}
     assert dtype_numbers(CUDA) == numbers
     assert dtype_numbers(CPU) == {**numbers, "Float64": 3, "NumDtypes": 4}
-    table = assigned("backends/cuda.py", "_DTYPES")
+    table = assigned("backends/cuda/extension.py", "DTYPES")
     written = {ast.unparse(key): ast.literal_eval(value) for key, value in zip(table.keys, table.values, strict=True)}
     assert written == {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
