@@ -20,7 +20,7 @@ endif
 .PHONY: docs docs-serve dist matrix train test lint format codegen bench paper gpu doctor clean
 
 train: $(READY)
-	$(RUN) examples/train.py $(ARGS)
+	$(RUN) examples/train.py --recipe demo $(ARGS)
 
 test: $(READY)
 	$(RUN) python_tests/run_tiers.py $(TIERS)

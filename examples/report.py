@@ -94,6 +94,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(line) for line in aligned)
 
 
+def learned(rows: list[dict[str, Any]]) -> list[str]:
+    """What the table says of ESAM beside the others, in one line; none where it has nobody to be compared with."""
+    esam = next((row for row in rows if row["optimizer"].startswith("esam")), None)
+    others = [row for row in rows if row["optimizer"] in ("sgd", "sam")]
+    if esam is None or not others:
+        return []
+    found = []
+    for other in others:
+        points = esam["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
+        speed = esam[f"speed_to_{other['optimizer']}"]
+        more = "more" if points >= 0.0 else "less"
+        found.append(f"{abs(points):.1f} points {more} accurate than {other['optimizer']} at {speed:.2f} x its speed")
+    return [f"learned: {esam['optimizer']} is {', and '.join(found)}"]
+
+
 def plus_minus(value: dict[str, Any], digits: int) -> str:
     deviation = "" if value["std"] is None else f" +- {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{deviation}"

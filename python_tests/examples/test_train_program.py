@@ -5,6 +5,7 @@ import sys
 
 import progress
 import pytest
+import report
 import torch
 import train
 import trainer
@@ -29,6 +30,35 @@ def test_default_path_prints_the_table_and_writes_plot_and_json(tmp_path, capsys
     ]
     assert all(len(result["history"]) == 2 for result in run["results"])
     assert run["rows"][1]["speed_to_sam"] == 1.0
+
+
+def test_the_end_says_what_was_learned_and_where_the_plot_is(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    small = ["--limit", "200", "--epochs", "2", "--seeds", "1", "--batch-size", "64"]
+    assert train.main(["--recipe", "demo", *small, "--out", str(tmp_path)]) == 0
+    learned, files = capsys.readouterr().out.splitlines()[-2:]
+    plot, numbers = tmp_path / "digits_cnn.png", tmp_path / "digits_cnn.json"
+    assert files == f"numbers: {numbers}  plot: {plot}"
+    assert plot.exists()
+    sgd, sam, esam = json.loads(numbers.read_text())["rows"]
+    for other in (sgd, sam):
+        points = esam["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
+        more = "more" if points >= 0.0 else "less"
+        speed = esam["images_per_second"] / other["images_per_second"]
+        assert (
+            f"{abs(points):.1f} points {more} accurate than {other['optimizer']} at {speed:.2f} x its speed" in learned
+        )
+
+
+def test_what_was_learned_may_be_that_esam_is_worse():
+    sam = {"optimizer": "sam", "test_accuracy": {"mean": 90.0}}
+    esam = {"optimizer": "esam", "test_accuracy": {"mean": 87.5}, "speed_to_sam": 0.9}
+    assert report.learned([sam, esam]) == ["learned: esam is 2.5 points less accurate than sam at 0.90 x its speed"]
+
+
+def test_nothing_is_learned_from_one_optimizer():
+    row = {"optimizer": "esam", "test_accuracy": {"mean": 90.0}}
+    assert report.learned([row]) == report.learned([{**row, "optimizer": "sgd"}]) == []
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_recipe_has_the_numbers_of_the_paper(data, model, optimizer):
 
 
 def test_there_is_a_recipe_for_each_model_data_set_and_optimizer():
-    assert len(recipes.RECIPES) == (2 * 3 + 3) * 6
+    assert len(recipes.RECIPES.keys() - {"demo"}) == (2 * 3 + 3) * 6
 
 
 @pytest.mark.parametrize("model", ["cifar10-resnet18", "cifar100-wrn28-10", "imagenet-vit-s16"])
@@ -84,6 +84,24 @@ def test_options_override_the_recipe(position):
     options = train.parse_options([*given, *recipe] if position == "before" else [*recipe, *given])
     assert (options.lr, options.data, options.optimizer) == (0.3, "synthetic-cifar10", ["sgd", "sam"])
     assert (options.lr_schedule, options.epochs, options.weight_decay) == ("constant", 200, 1e-3)
+
+
+def test_without_options_the_demonstration_is_trained(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "train", lambda options: asked.append(vars(options)) or [])
+    monkeypatch.setattr(train, "report", lambda options, results: None)
+    monkeypatch.setattr(train.Path, "mkdir", lambda *_, **__: None)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert train.main() == train.main(["--recipe", "demo", "--seeds", "1"]) == 0
+    assert [options["recipe"] for options in asked] == ["demo", "demo"]
+    assert asked[0] == {**asked[1], "seeds": 3}
+    assert recipes.DEMO.items() <= asked[0].items()
+    assert asked[0]["label_noise"] == 0.4
+
+
+def test_make_train_runs_the_demonstration():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert "examples/train.py --recipe demo $(ARGS)" in makefile
 
 
 def test_an_option_given_with_its_usual_default_overrides_too():
