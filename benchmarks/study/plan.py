@@ -47,6 +47,25 @@ def report_units(rows: Rows, setting: Setting, mode: Mode) -> list[Unit]:
     ]
 
 
+def next_units(rows: Rows, settings: Sequence[Setting], modes: Sequence[Mode]) -> list[Unit]:
+    """One stage of the first mode that misses something, for all settings: partial results can be compared.
+
+    What compares at equal time comes after all the rest.
+    """
+    for is_last_round in (False, True):
+        for mode in modes:
+            units = [
+                unit
+                for setting in settings
+                if setting.has(mode)
+                for unit in missing(rows, setting, mode)
+                if is_last_round or unit.purpose != "time"
+            ]
+            if units:
+                return units
+    return []
+
+
 def counts(rows: Rows, settings: Sequence[Setting], modes: Sequence[Mode]) -> tuple[int, int]:
     """How many trainings are there, and how many there will be."""
     done = total = 0

@@ -8,13 +8,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from benchmarks.rows import Row
 from benchmarks.study.modes import BY_NAME, Mode
-from benchmarks.study.plan import counts, missing
+from benchmarks.study.plan import counts, next_units
 from benchmarks.study.rows import Rows, Unit
 from benchmarks.study.settings import Setting
 from benchmarks.study.training import train
@@ -70,22 +70,12 @@ class Runner:
         pool = concurrent.futures.ProcessPoolExecutor(self.jobs, context, prepare_worker)
         try:
             with Progress(total, done) as progress:
-                while units := list(self._next_units()):
+                while units := next_units(self.rows, self.settings, self.modes):
                     if not self._train(pool, units, progress):
                         return False
             return True
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _next_units(self) -> Iterator[Unit]:
-        """One stage of the first mode that misses something, for all settings: partial results can be compared."""
-        for mode in self.modes:
-            units = [
-                unit for setting in self.settings if setting.has(mode) for unit in missing(self.rows, setting, mode)
-            ]
-            if units:
-                yield from units
-                return
 
     def _train(self, pool: concurrent.futures.Executor, units: list[Unit], progress: Progress) -> bool:
         """All units, no more at a time than there are processes, so that little is lost at a stop."""

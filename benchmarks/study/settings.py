@@ -55,7 +55,15 @@ class Setting:
         return replace(self, epochs=1, trials=2, search_seeds=1, seeds=2, batch_sizes=self.batch_sizes[-1:])
 
 
-_NO_NORMALIZATION = ("norm", "norm-rise", "norm-first-order", "norm-softened", "norm-random", "norm-random-last")
+_NO_NORMALIZATION = (
+    "norm",
+    "norm-rise",
+    "norm-first-order",
+    "norm-softened",
+    "norm-random",
+    "norm-random-last",
+    "norm-quarter",
+)
 
 
 def _mnist1d(_: str | None) -> Samples:

@@ -15,14 +15,14 @@ from benchmarks.study import __main__ as program
 from benchmarks.study import chart, report
 from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.modes import CentredByClass, Softened
-from benchmarks.study.plan import missing, report_units, search_units
+from benchmarks.study.plan import missing, next_units, report_units, search_units
 from benchmarks.study.rows import Rows, Unit, best_trial
 from benchmarks.study.samples import Samples, digits, split
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
 from benchmarks.study.settings import FIRST_SEARCH_SEED, SETTINGS
 from benchmarks.study.summary import Difference, Summary
-from benchmarks.study.training import Outcome, Trial, train
-from esam_kernels import RankingContext
+from benchmarks.study.training import Outcome, Trial, cost_of, step, train
+from esam_kernels import ESAM, RankingContext
 from esam_kernels.ranking import Head
 
 DIGITS = SETTINGS_BY_NAME["digits"].smoke()
@@ -67,6 +67,39 @@ def test_equal_time_is_sams_time(tmp_path):
         rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 1.7, 1.0)))
     lengths = {unit.purpose: unit.epochs for unit in report_units(rows, setting, MODES["esam"])}
     assert lengths == {"epochs": 30, "time": 35}
+
+
+def test_equal_time_comes_after_all_the_rest(tmp_path):
+    rows, modes = Rows(tmp_path / "rows.json"), [MODES["sgd"], MODES["norm-random"]]
+    stages = []
+    while units := next_units(rows, [DIGITS], modes):
+        stages.append({(unit.mode, unit.purpose) for unit in units})
+        for unit in units:
+            rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 1.0, 1.0)))
+    assert stages == [{(mode.name, purpose)} for mode in modes for purpose in ("search", "epochs")] + [
+        {(mode.name, "time")} for mode in modes
+    ]
+
+
+def test_pass_1_on_a_quarter_perturbs_along_it_and_pass_2_takes_all():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    inputs, targets = (
+        torch.tensor([[1.0, 0.5], [0.0, 1.0], [2.0, 1.0], [-1.0, 3.0]]),
+        torch.tensor([0.5, 1.0, 0.0, 2.0]),
+    )
+
+    def losses(x, y):
+        return (x @ weight - y) ** 2
+
+    def gradient(w, x, y):
+        return 2.0 * ((x @ w - y)[:, None] * x).mean(dim=0)
+
+    optimizer = ESAM([weight], torch.optim.SGD, lr=0.1, rho=0.3, beta=1.0, gamma=1.0)
+    w = weight.detach().clone()
+    assert cost_of(optimizer, 0.25) == 1.25
+    first = gradient(w, inputs[:1], targets[:1])
+    step(optimizer, losses, inputs, targets, first_share=0.25)
+    torch.testing.assert_close(weight.detach(), w - 0.1 * gradient(w + 0.3 * first / first.norm(), inputs, targets))
 
 
 def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, capsys):
