@@ -17,7 +17,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/ready
 endif
 
-.PHONY: docs docs-serve dist matrix train test lint format codegen bench paper gpu doctor clean
+.PHONY: docs docs-serve dist matrix sanitize train test lint format codegen bench paper gpu doctor clean
 
 train: $(READY)
 	$(RUN) examples/train.py --recipe demo $(ARGS)
@@ -64,6 +64,10 @@ dist: $(READY)
 # The test tiers on another Python and torch, in a fresh environment; a row for docs/versions.md.
 matrix:
 	"$(PYTHON)" tools/matrix.py --python "$(PYTHON)" $(if $(TORCH),--torch $(TORCH)) $(if $(TIERS),--tiers $(TIERS))
+
+# The C++ extension under gcc's sanitizers, in build/sanitize: make sanitize ARGS=thread
+sanitize: $(READY)
+	$(RUN) tools/sanitize.py $(ARGS)
 
 docs-serve: docs
 	$(RUN) -m http.server --directory build/site 8000

@@ -7,12 +7,16 @@ for the CPU, is built here, where a compiler and torch are at hand.
 -m esam_kernels doctor``; ``0`` leaves it out, ``1`` fails where it cannot be built. The torch that it is compiled
 against is the one of the environment that the package is installed into, also in pip's isolated build: fetching a
 second torch, perhaps of another version, would be no help.
+
+``ESAM_KERNELS_CXXFLAGS`` is added behind the flags below, where it wins, and to the linker's: tools/sanitize.py builds
+with sanitizers by it.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -83,12 +87,14 @@ def native_extension() -> tuple[Any, type]:
         raise CannotBuild(f"torch could not be imported when the package was built ({error})") from None
     build_record.built("native", torch=torch.__version__, compiler=build_record.version_of(compiler))
 
+    added_flags = shlex.split(os.environ.get("ESAM_KERNELS_CXXFLAGS", ""))
     extension = CppExtension(
         "esam_kernels._native",
         NATIVE_SOURCES,
         depends=sorted(glob.glob("csrc/**/*.[hi]*", recursive=True)),
         define_macros=[("ESAM_TORCH_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args=COMPILE_FLAGS,
+        extra_compile_args=COMPILE_FLAGS + added_flags,
+        extra_link_args=added_flags,
     )
     return extension, optional(BuildExtension) if native_mode() == "auto" else BuildExtension
 

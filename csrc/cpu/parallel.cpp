@@ -15,8 +15,27 @@ int omp_get_thread_num();
 int omp_get_num_threads();
 }
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+
 namespace esam::cpu {
 namespace {
+
+// For ThreadSanitizer, which does not see how the OpenMP runtime starts and joins its threads.
+void happens_before([[maybe_unused]] void* address) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(address);
+#endif
+}
+void happens_after([[maybe_unused]] void* address) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(address);
+#endif
+}
 
 struct Loop {
   int64_t total;
@@ -27,8 +46,7 @@ struct Loop {
 };
 
 // One thread's share: a piece of equal size for each thread, no smaller than the grain.
-void run_share(void* data) {
-  Loop& loop = *static_cast<Loop*>(data);
+void run_share(Loop& loop) {
   const int64_t pieces = (loop.total + loop.grain - 1) / loop.grain;
   const int64_t threads = std::min<int64_t>(omp_get_num_threads(), pieces);
   const int64_t size = (loop.total + threads - 1) / threads;
@@ -44,6 +62,12 @@ void run_share(void* data) {
   }
 }
 
+void region(void* loop) {
+  happens_after(loop);
+  run_share(*static_cast<Loop*>(loop));
+  happens_before(loop);
+}
+
 }  // namespace
 
 void parallel_for(int64_t total, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -56,7 +80,9 @@ void parallel_for(int64_t total, int64_t grain, const std::function<void(int64_t
   }
   Loop loop{total, grain, body, {}, {}};
   constexpr unsigned kAsManyAsTorchHas = 0, kNoFlags = 0;
-  GOMP_parallel(run_share, &loop, kAsManyAsTorchHas, kNoFlags);
+  happens_before(&loop);
+  GOMP_parallel(region, &loop, kAsManyAsTorchHas, kNoFlags);
+  happens_after(&loop);
   if (loop.error) std::rethrow_exception(loop.error);
 }
 

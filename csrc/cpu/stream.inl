@@ -40,13 +40,12 @@ inline void stream_fence() {
 // Elements at a time: whole lines of every type, and more than gcc unrolls before it vectorises.
 constexpr int64_t kStreamBlock = 64;
 
-// out[i] = element(i), in ordinary stores where `out` is not even aligned to its own type. `element` may read and write
-// other memory at i, but no other element's.
+// out[i] = element(i). `element` may read and write other memory at i, but no other element's.
 template <bool kStreams, typename T, typename Element>
 inline void for_each_element(T* out, int64_t n, Element element) {
   static_assert(kCanStream || !kStreams);
   int64_t i = 0;
-  if (kStreams && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0) {
+  if (kStreams) {
     constexpr int64_t kLine = kLineBytes / sizeof(T);
     const int64_t misaligned = reinterpret_cast<uintptr_t>(out) % kLineBytes / sizeof(T);
     const int64_t head = std::min(n, (kLine - misaligned) % kLine);
