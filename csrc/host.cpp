@@ -167,6 +167,22 @@ bool are_exact(const py::list& tensors) {
   return true;
 }
 
+// Whether torch's dispatcher would hand each argument on as it is: exact tensors, lists of them or of numbers, numbers.
+bool are_plain(const py::tuple& arguments) {
+  for (const py::handle& argument : arguments) {
+    PyObject* const object = argument.ptr();
+    if (PyList_CheckExact(object)) {
+      const auto list = py::reinterpret_borrow<py::list>(argument);
+      if (!list.empty() && tensor_at(list, 0) != nullptr && !are_exact(list)) return false;
+    } else if (THPVariable_CheckExact(object)) {
+      if (THPVariable_Unpack(object).key_set().has_any(kLazyBits)) return false;
+    } else if (object != Py_None && !PyLong_CheckExact(object) && !PyFloat_CheckExact(object) && !PyBool_Check(object)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // The .grad of each.
 py::list gradients(const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
@@ -202,8 +218,8 @@ void increment_version(const py::list& tensors) {
 void register_host(py::module_& module) {
   module.def("addresses", &addresses);
   module.def("are_alike", &are_alike);
-  module.def("are_exact", &are_exact);
   module.def("are_parallel", &are_parallel);
+  module.def("are_plain", &are_plain);
   module.def("are_plainly_alike", &are_plainly_alike);
   module.def("are_same", &are_same);
   module.def("drop_gradients", &drop_gradients);

@@ -91,6 +91,20 @@ def _are_exact(tensors: list[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) and not _is_lazy(tensor) for tensor in tensors)
 
 
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher would hand each on as it is: exact tensors, lists of them or of numbers, numbers."""
+    return all(map(_is_plain, arguments))
+
+
+def _is_plain(argument: Any) -> bool:
+    kind = type(argument)
+    if kind is list:
+        return not argument or not isinstance(argument[0], Tensor) or _are_exact(argument)
+    if isinstance(argument, Tensor):
+        return _are_exact([argument])
+    return kind in (int, float, bool, type(None))
+
+
 def _is_lazy(tensor: Tensor) -> bool:
     """Whether a bit of the tensor negates or conjugates its memory, or it has none: the dispatcher resolves that."""
     return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
@@ -191,7 +205,7 @@ inspect_graph: Callable[[Tensor, list[Tensor], str], tuple[bool, bool]] = (
 GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
 mark_memory: Callable[[list[Tensor]], MemoryMarks] = _in_cpp.MemoryMarks if _in_cpp else MemoryMarks
 tensors_in: Callable[[dict[Any, Any]], list[Tensor]] = _in_cpp.tensors_in if _in_cpp else _tensors_in
-are_exact: Callable[[list[Tensor]], bool] = _in_cpp.are_exact if _in_cpp else _are_exact
+are_plain: Callable[[tuple[Any, ...]], bool] = _in_cpp.are_plain if _in_cpp else _are_plain
 gradients: Callable[[list[Tensor]], list[Tensor | None]] = _in_cpp.gradients if _in_cpp else _gradients
 drop_gradients: Callable[[list[Tensor]], None] = _in_cpp.drop_gradients if _in_cpp else _drop_gradients
 increment_version: Callable[[list[Tensor]], None] = (

@@ -22,6 +22,9 @@ logger = logging.getLogger("esam_kernels")
 ENVIRONMENT_VARIABLE = "ESAM_KERNELS_BACKEND"
 NAMES = ("reference", "native", "triton", "cuda")
 
+# Stands for the default of the device, whatever the environment says.
+_DEFAULT = "default"
+
 # The order in which backends are tried on a device when none is asked for; anything else runs the reference.
 _DEFAULT_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 
@@ -39,6 +42,11 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return load(name).unavailable(device)
 
 
+def wanted(name: str | None) -> str:
+    """What :func:`resolve` is to be asked for again and again: ``name``, or what the environment names now."""
+    return name or os.environ.get(ENVIRONMENT_VARIABLE) or _DEFAULT
+
+
 def resolve(name: str | None, device: torch.device) -> Backend:
     """The backend for tensors on ``device``: ``name``, or ``ESAM_KERNELS_BACKEND``, or the device's default.
 
@@ -46,10 +54,11 @@ def resolve(name: str | None, device: torch.device) -> Backend:
         ValueError: the name is unknown.
         RuntimeError: the backend that was asked for cannot serve this device.
     """
-    return _resolve(name or os.environ.get(ENVIRONMENT_VARIABLE) or "", device.type, device)
+    return _resolve(name or wanted(None), device)
 
 
-def _resolve(name: str, device_type: str, device: torch.device) -> Backend:
+def _resolve(name: str, device: torch.device) -> Backend:
+    device_type = device.type
     key = (name, device_type)
     if key not in _resolved:
         found = _resolved[key] = _choose(name, device)
@@ -64,11 +73,11 @@ _resolved: dict[tuple[str, str], Backend] = {}
 
 
 def _asked(name: str) -> str:
-    return ", as was asked for" if name else ", the default"
+    return ", the default" if name == _DEFAULT else ", as was asked for"
 
 
 def _choose(name: str, device: torch.device) -> Backend:
-    if name:
+    if name != _DEFAULT:
         reason = unavailable(name, device)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} is not available for {device.type} tensors: {reason}")

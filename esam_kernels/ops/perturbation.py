@@ -5,6 +5,8 @@ Lists of tensors are parallel: ``grads[i]`` belongs to ``params[i]``, has its dt
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +90,7 @@ def _perturb(
 ) -> None:
     _check_blocks(params, grads, groups, len(adaptive))
     check(len(offsets) == len(params), lambda: f"offsets has {len(offsets)} numbers for {len(params)} tensors")
-    check(all(offset % 4 == 0 for offset in offsets), lambda: "offsets must be multiples of 4")
+    check(functools.reduce(operator.or_, offsets) % 4 == 0, lambda: "offsets must be multiples of 4")
     if backups:
         _check_parallel("backups", backups, params)
     resolve(backend, params[0].device).perturb_(

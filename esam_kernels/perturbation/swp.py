@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esam_kernels import distributed, ops
+from esam_kernels import backends, distributed, ops
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.draw import TensorDraw, bound
@@ -27,7 +27,7 @@ class StochasticWeightPerturbation:
     Args:
         base: the base optimizer. Its groups, each with its own ``rho`` and ``adaptive``, are read at every step.
         settings: the hyperparameters. Others may be put in their place between steps.
-        backend: the name of a backend; "" for the default of the device.
+        backend: the name of a backend; None: what the environment names, or the default of the device.
         flatten: whether the parameters are moved into flat buffers; None: where that is possible.
 
     Raises:
@@ -39,7 +39,7 @@ class StochasticWeightPerturbation:
         self.settings = settings
         self.ascent = ASCENTS[settings.ascent]()
         self.step = 0
-        self.backend = backend or ""
+        self.backend = backends.wanted(backend)
         self.flatten = flatten
         self.draw = TensorDraw()
         # Set by a captured step: the learning rate of each group, to be read on the device.

@@ -59,3 +59,32 @@ def test_tensors_are_parallel_where_all_have_their_memory():
         assert not function([whole], [whole.t()])
         assert not function([freed()], [whole])
         assert not function([whole], [freed()])
+
+
+class Marked(torch.Tensor):
+    """A subclass: what it means to an operator is torch's dispatcher's business."""
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        (1, True),
+        (1.5, True),
+        (True, True),
+        (None, True),
+        ([], True),
+        ([1, 2], True),
+        (torch.ones(2), True),
+        (nn.Parameter(torch.ones(2)), True),
+        ([torch.ones(2), nn.Parameter(torch.ones(2))], True),
+        ((torch.ones(2),), False),
+        ("text", False),
+        (torch.ones(2).as_subclass(Marked), False),
+        ([torch.ones(2), torch.ones(2).as_subclass(Marked)], False),
+        (torch.ones(2, dtype=torch.complex64).conj(), False),
+        ([torch.ones(2), torch.ones(2, dtype=torch.complex64).conj().imag], False),
+    ],
+)
+def test_only_what_the_dispatcher_would_not_change_is_plain(argument, expected):
+    for function in (native.extension.are_plain, tensor_lists._are_plain):
+        assert function((1, argument, [2.0])) is expected
