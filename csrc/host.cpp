@@ -176,7 +176,8 @@ bool are_plain(const py::tuple& arguments) {
       if (!list.empty() && tensor_at(list, 0) != nullptr && !are_exact(list)) return false;
     } else if (THPVariable_CheckExact(object)) {
       if (THPVariable_Unpack(object).key_set().has_any(kLazyBits)) return false;
-    } else if (object != Py_None && !PyLong_CheckExact(object) && !PyFloat_CheckExact(object) && !PyBool_Check(object)) {
+    } else if (object != Py_None && !PyLong_CheckExact(object) && !PyFloat_CheckExact(object) &&
+               !PyBool_Check(object)) {
       return false;
     }
   }

@@ -66,7 +66,7 @@ class Marked(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    "argument, expected",
+    ("argument", "expected"),
     [
         (1, True),
         (1.5, True),
