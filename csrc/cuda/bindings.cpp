@@ -207,5 +207,6 @@ PYBIND11_MODULE(ESAM_CUDA_MODULE, module) {
   });
   module.def("take_error", [] { return static_cast<int>(cudaGetLastError()); });
   module.def("take_launches", [] { return std::exchange(emulator::launches, 0); });
+  module.def("take_argument_bytes", [] { return std::exchange(emulator::argument_bytes, {}); });
 #endif
 }

@@ -1,5 +1,6 @@
 // One launch that walks over many tensors: the table of their addresses travels as the kernel's own argument (32,764
-// bytes at most, since CUDA 12.1), so that nothing has to be uploaded, cached, or kept alive for a CUDA graph.
+// bytes at most, since CUDA 12.1), so that nothing has to be uploaded, cached, or kept alive for a CUDA graph. A launch
+// copies the whole argument, however many tensors there are: tables come in three sizes.
 //
 // Each tensor is cut into blocks of 8 KiB a list. A whole block whose addresses are all 16-byte aligned is read and
 // written in 128-bit accesses; everything else (tails, views such as t[1:]) element by element, exactly to its end.
@@ -18,8 +19,10 @@ namespace esam::cuda {
 using device::kPackSize;
 using device::Pack;
 
-constexpr int kMaxTensors = 448;  // of a table: the largest, Adam's, then fits into a kernel's arguments
-constexpr int kPacks = 2;         // 128-bit accesses in flight for each list and thread: 32 KiB a multiprocessor and up
+constexpr int kMaxTensors = 448;   // of a table: the largest, Adam's, then fits into a kernel's arguments
+constexpr int kFewTensors = 64;    // a ResNet-18 has 62
+constexpr int kSomeTensors = 192;  // a ResNet-50 has 161, BERT-base 199 without its pooler and heads
+constexpr int kPacks = 2;  // 128-bit accesses in flight for each list and thread: 32 KiB a multiprocessor and up
 constexpr size_t kMaxArgumentBytes = 32764;
 
 // Blocks of threads of kernels that begin with a sum over all partials, or end with one slot of it: about eight a
@@ -29,13 +32,15 @@ constexpr int kMaxPrograms = kNumPartials;
 template <typename T>
 constexpr int kBlock = kThreads * kPacks * kPackSize<T>;
 
-template <int kLists>
+template <int kLists, int kTensors>
 struct Table {
-  void* address[kLists][kMaxTensors];
-  int64_t numel[kMaxTensors];
-  int32_t first_block[kMaxTensors + 1];
+  static constexpr int kCapacity = kTensors;
+
+  void* address[kLists][kTensors];
+  int64_t numel[kTensors];
+  int32_t first_block[kTensors + 1];
   int32_t num_tensors;
-  bool aligned[kMaxTensors];  // all addresses, to 16 bytes
+  bool aligned[kTensors];  // all addresses, to 16 bytes
 
   __device__ int num_blocks() const { return first_block[num_tensors]; }
 
@@ -73,13 +78,13 @@ __device__ void store_streaming(T* address, const T& value) {
 //   Element: the storage type. kLists; reads(list), writes(list): what it does with each.
 //   streams(list): nothing reads that list again before a whole forward pass: its lines leave the caches first.
 //   kBackwards: whether it walks from the last block to the first.
-//   Table, Arguments: what the kernel is given.
+//   Table<kTensors>, Arguments: what the kernel is given.
 //   an __device__ constructor from Arguments, executed by all threads of a block together;
 //   enter(table, tensor): before the blocks of a tensor, by all threads together;
 //   apply(pack, first): changes the packs in place, of the elements from number `first` of the tensor on;
 //   leave(): at the end, by all threads together.
-template <typename Op, int N>
-__device__ void read(const typename Op::Table& table, int tensor, int64_t first,
+template <typename Op, int N, typename Table>
+__device__ void read(const Table& table, int tensor, int64_t first,
                      Pack<typename Op::Element, N> (&packs)[Op::kLists]) {
   using P = Pack<typename Op::Element, N>;
 #pragma unroll
@@ -91,8 +96,8 @@ __device__ void read(const typename Op::Table& table, int tensor, int64_t first,
   }
 }
 
-template <typename Op, int N>
-__device__ void write(const typename Op::Table& table, int tensor, int64_t first,
+template <typename Op, int N, typename Table>
+__device__ void write(const Table& table, int tensor, int64_t first,
                       const Pack<typename Op::Element, N> (&packs)[Op::kLists]) {
   using P = Pack<typename Op::Element, N>;
 #pragma unroll
@@ -108,9 +113,9 @@ __device__ void write(const typename Op::Table& table, int tensor, int64_t first
   }
 }
 
-template <typename Op>
-__global__ void __launch_bounds__(kThreads)
-    stream(const __grid_constant__ typename Op::Table table, const __grid_constant__ typename Op::Arguments arguments) {
+template <typename Op, int kTensors>
+__global__ void __launch_bounds__(kThreads) stream(const __grid_constant__ typename Op::template Table<kTensors> table,
+                                                   const __grid_constant__ typename Op::Arguments arguments) {
   using T = typename Op::Element;
   constexpr int N = kPackSize<T>;
   Op op(arguments);
@@ -143,38 +148,57 @@ __global__ void __launch_bounds__(kThreads)
   op.leave();
 }
 
+// `f` called with the smallest capacity, as a constant, that holds `tensors`.
+template <typename F>
+void with_capacity(int tensors, const F& f) {
+  if (tensors <= kFewTensors) return f(std::integral_constant<int, kFewTensors>());
+  if (tensors <= kSomeTensors) return f(std::integral_constant<int, kSomeTensors>());
+  return f(std::integral_constant<int, kMaxTensors>());
+}
+
+// What a table holds of the tensors from number `first` on, and how many blocks these are.
+template <typename Op, typename Table>
+int64_t fill(Table& table, const Tensors& tensors, int first) {
+  constexpr int64_t block = kBlock<typename Op::Element>;
+  int64_t blocks = 0;
+  for (int i = 0; i < table.num_tensors; ++i) {
+    uint64_t bits = 0;
+    for (int list = 0; list < Op::kLists; ++list) {
+      const int64_t address = tensors.lists[list][first + i];
+      table.address[list][i] = reinterpret_cast<void*>(address);
+      bits |= static_cast<uint64_t>(address);
+    }
+    table.aligned[i] = bits % device::kPackBytes == 0;
+    table.numel[i] = tensors.numels[first + i];
+    table.first_block[i] = static_cast<int32_t>(blocks);
+    blocks += (table.numel[i] + block - 1) / block;
+    if (blocks > std::numeric_limits<int32_t>::max() / 2) throw std::invalid_argument("too many elements");
+  }
+  table.first_block[table.num_tensors] = static_cast<int32_t>(blocks);
+  return blocks;
+}
+
 // Launches Op over all tensors, kMaxTensors at a time. `finish(table, first)` fills in what a table holds beside the
 // addresses, for the tensors from number `first` on, and returns the Arguments.
 template <typename Op, typename Finish>
 void stream_over(const Tensors& tensors, int max_programs, bool even_if_empty, cudaStream_t cuda_stream,
                  const Finish& finish) {
-  static_assert(sizeof(typename Op::Table) + sizeof(typename Op::Arguments) + 16 <= kMaxArgumentBytes);
-  constexpr int64_t block = kBlock<typename Op::Element>;
   const int total = static_cast<int>(tensors.numels.size());
   const int tables = std::max((total + kMaxTensors - 1) / kMaxTensors, even_if_empty ? 1 : 0);
   for (int number = 0; number < tables; ++number) {
     const int first = (Op::kBackwards ? tables - 1 - number : number) * kMaxTensors;
-    typename Op::Table table;
-    table.num_tensors = std::min(total - first, kMaxTensors);
-    int64_t blocks = 0;
-    for (int i = 0; i < table.num_tensors; ++i) {
-      uint64_t bits = 0;
-      for (int list = 0; list < Op::kLists; ++list) {
-        const int64_t address = tensors.lists[list][first + i];
-        table.address[list][i] = reinterpret_cast<void*>(address);
-        bits |= static_cast<uint64_t>(address);
-      }
-      table.aligned[i] = bits % device::kPackBytes == 0;
-      table.numel[i] = tensors.numels[first + i];
-      table.first_block[i] = static_cast<int32_t>(blocks);
-      blocks += (table.numel[i] + block - 1) / block;
-      if (blocks > std::numeric_limits<int32_t>::max() / 2) throw std::invalid_argument("too many elements");
-    }
-    table.first_block[table.num_tensors] = static_cast<int32_t>(blocks);
-    const typename Op::Arguments arguments = finish(table, first);
-    const int64_t programs = std::min<int64_t>(blocks, max_programs);
-    if (programs == 0 && !even_if_empty) continue;
-    launch(stream<Op>, std::max<int64_t>(programs, 1), cuda_stream, table, arguments);
+    const int taken = std::min(total - first, kMaxTensors);
+    with_capacity(taken, [&](auto capacity) {
+      using Table = typename Op::template Table<decltype(capacity)::value>;
+      static_assert(sizeof(Table) + sizeof(typename Op::Arguments) + 16 <= kMaxArgumentBytes);
+      Table table;
+      table.num_tensors = taken;
+      const int64_t blocks = fill<Op>(table, tensors, first);
+      const typename Op::Arguments arguments = finish(table, first);
+      const int64_t programs = std::min<int64_t>(blocks, max_programs);
+      if (programs == 0 && !even_if_empty) return;
+      launch(stream<Op, decltype(capacity)::value>, std::max<int64_t>(programs, 1), cuda_stream, table, arguments);
+    });
   }
 }
 

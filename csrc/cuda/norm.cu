@@ -5,9 +5,9 @@
 namespace esam::cuda {
 namespace {
 
-template <int kLists>
-struct NormTable : Table<kLists> {
-  bool adaptive[kMaxTensors];
+template <int kLists, int kTensors>
+struct NormTable : Table<kLists, kTensors> {
+  bool adaptive[kTensors];
 };
 
 template <typename T, bool kAnyAdaptive>
@@ -15,7 +15,8 @@ struct Norm {
   enum List { kGrad, kParam };
   static constexpr int kLists = kAnyAdaptive ? 2 : 1;
   using Element = T;
-  using Table = NormTable<kLists>;
+  template <int kTensors>
+  using Table = NormTable<kLists, kTensors>;
   struct Arguments {
     double* partials;
     float eta;
@@ -29,7 +30,10 @@ struct Norm {
 
   __device__ explicit Norm(const Arguments& given) : arguments(given) {}
 
-  __device__ void enter(const Table& table, int tensor) { adaptive = kAnyAdaptive && table.adaptive[tensor]; }
+  template <typename Table>
+  __device__ void enter(const Table& table, int tensor) {
+    adaptive = kAnyAdaptive && table.adaptive[tensor];
+  }
 
   template <int N>
   __device__ void apply(Pack<T, N> (&packs)[kLists], int64_t) {
@@ -53,7 +57,7 @@ struct Norm {
 template <typename Op>
 void launch_norm(const Tensors& tensors, const std::vector<bool>& adaptive, double eta, double* partials,
                  bool accumulate, cudaStream_t cuda_stream) {
-  stream_over<Op>(tensors, kMaxPrograms, !accumulate, cuda_stream, [&](typename Op::Table& table, int first) {
+  stream_over<Op>(tensors, kMaxPrograms, !accumulate, cuda_stream, [&](auto& table, int first) {
     for (int i = 0; i < table.num_tensors; ++i) table.adaptive[i] = adaptive[first + i];
     return typename Op::Arguments{partials, static_cast<float>(eta), accumulate || first > 0};
   });

@@ -5,10 +5,11 @@
 namespace esam::cuda {
 namespace {
 
-struct PerturbTable : Table<3> {
-  int64_t offset[kMaxTensors];
-  int32_t group[kMaxTensors];
-  bool adaptive[kMaxTensors];
+template <int kTensors>
+struct PerturbTable : Table<3, kTensors> {
+  int64_t offset[kTensors];
+  int32_t group[kTensors];
+  bool adaptive[kTensors];
 };
 
 template <typename T, bool kMasked>
@@ -16,7 +17,8 @@ struct Perturb {
   enum List { kParam, kGrad, kBackup };
   static constexpr int kLists = 3;
   using Element = T;
-  using Table = PerturbTable;
+  template <int kTensors>
+  using Table = PerturbTable<kTensors>;
   using Arguments = Perturbation;
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kBackup; }
@@ -42,6 +44,7 @@ struct Perturb {
     }
   }
 
+  template <typename Table>
   __device__ void enter(const Table& table, int tensor) {
     factor = factors[table.group[tensor]];
     adaptive = table.adaptive[tensor];
@@ -72,7 +75,7 @@ struct Perturb {
 template <typename Op>
 void launch_perturb(const Tensors& tensors, const std::vector<int64_t>& groups, const std::vector<int64_t>& offsets,
                     const std::vector<bool>& adaptive, const Perturbation& perturbation, cudaStream_t cuda_stream) {
-  stream_over<Op>(tensors, kMaxPrograms, false, cuda_stream, [&](PerturbTable& table, int first) {
+  stream_over<Op>(tensors, kMaxPrograms, false, cuda_stream, [&](auto& table, int first) {
     for (int i = 0; i < table.num_tensors; ++i) {
       table.offset[i] = offsets[first + i];
       table.group[i] = static_cast<int32_t>(groups[first + i]);

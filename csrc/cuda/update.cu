@@ -22,7 +22,8 @@ struct Restore {
   enum List { kParam, kBackup };
   static constexpr int kLists = 2;
   using Element = T;
-  using Table = cuda::Table<kLists>;
+  template <int kTensors>
+  using Table = cuda::Table<kLists, kTensors>;
   struct Arguments {};
 
   static __host__ __device__ constexpr bool reads(int list) { return list == kBackup; }
@@ -31,6 +32,7 @@ struct Restore {
   static constexpr bool kBackwards = false;
 
   __device__ explicit Restore(const Arguments&) {}
+  template <typename Table>
   __device__ void enter(const Table&, int) {}
   template <int N>
   __device__ void apply(Pack<T, N> (&packs)[kLists], int64_t) {
@@ -42,8 +44,7 @@ struct Restore {
 template <typename T>
 void launch_restore(const Tensors& tensors, cudaStream_t cuda_stream) {
   using Op = Restore<T>;
-  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream,
-                  [](typename Op::Table&, int) { return typename Op::Arguments{}; });
+  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream, [](auto&, int) { return typename Op::Arguments{}; });
 }
 
 // -- SGD -------------------------------------------------------------------------------------------------------------
@@ -53,7 +54,8 @@ struct RestoreSgd {
   enum List { kParam, kBackup, kGrad, kBuffer };
   static constexpr int kLists = kMomentum ? 4 : 3;
   using Element = T;
-  using Table = cuda::Table<kLists>;
+  template <int kTensors>
+  using Table = cuda::Table<kLists, kTensors>;
   using Arguments = Sgd;
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kParam && !(kFirst && list == kBuffer); }
@@ -69,6 +71,7 @@ struct RestoreSgd {
                 given.nesterov,
                 given.maximize} {}
 
+  template <typename Table>
   __device__ void enter(const Table&, int) {}
 
   template <int N>
@@ -90,19 +93,19 @@ struct RestoreSgd {
 
 template <typename Op>
 void launch_sgd(const Tensors& tensors, const Sgd& sgd, cudaStream_t cuda_stream) {
-  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream, [&](typename Op::Table&, int) { return sgd; });
+  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream, [&](auto&, int) { return sgd; });
 }
 
 // -- Adam and AdamW --------------------------------------------------------------------------------------------------
 
-template <int kLists>
-struct AdamTable : Table<kLists> {
+template <int kLists, int kTensors>
+struct AdamTable : Table<kLists, kTensors> {
   // Of each tensor: where its step counter is, or the bits of its number of steps.
   union Step {
     const float* counter;
     float steps;
   };
-  Step step[kMaxTensors];
+  Step step[kTensors];
 };
 
 struct AdamArguments {
@@ -115,7 +118,8 @@ struct RestoreAdam {
   enum List { kParam, kBackup, kGrad, kMean, kSquare, kLargest };
   static constexpr int kLists = kAmsgrad ? 6 : 5;
   using Element = T;
-  using Table = AdamTable<kLists>;
+  template <int kTensors>
+  using Table = AdamTable<kLists, kTensors>;
   using Arguments = AdamArguments;
 
   static __host__ __device__ constexpr bool reads(int list) { return list != kParam; }
@@ -135,6 +139,7 @@ struct RestoreAdam {
   }
 
   // The tensors have mostly taken the same number of steps, so that one thread computes the powers once.
+  template <typename Table>
   __device__ void enter(const Table& table, int tensor) {
     __shared__ device::AdamBias shared_bias;
     const float steps = arguments.steps_on_device ? *table.step[tensor].counter : table.step[tensor].steps;
@@ -171,7 +176,7 @@ template <typename Op>
 void launch_adam(const Tensors& tensors, const Addresses& step_addresses, const std::vector<float>& steps,
                  const Adam& adam, cudaStream_t cuda_stream) {
   const bool on_device = !step_addresses.empty();
-  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream, [&](typename Op::Table& table, int first) {
+  stream_over<Op>(tensors, kUnlimitedPrograms, false, cuda_stream, [&](auto& table, int first) {
     for (int i = 0; i < table.num_tensors; ++i) {
       if (on_device) {
         table.step[i].counter = reinterpret_cast<const float*>(step_addresses[first + i]);
@@ -183,12 +188,14 @@ void launch_adam(const Tensors& tensors, const Addresses& step_addresses, const 
   });
 }
 
+template <int kTensors>
 struct Counters {
-  float* counter[kMaxTensors];
+  float* counter[kTensors];
   int32_t size;
 };
 
-__global__ void __launch_bounds__(kThreads) increment(const __grid_constant__ Counters counters) {
+template <int kTensors>
+__global__ void __launch_bounds__(kThreads) increment(const __grid_constant__ Counters<kTensors> counters) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i < counters.size) *counters.counter[i] += 1;
 }
@@ -234,11 +241,15 @@ void restore_adam(const Tensors& tensors, const Addresses& step_addresses, const
 }
 
 void increment_steps(const Addresses& step_addresses, cudaStream_t cuda_stream) {
-  for (size_t first = 0; first < step_addresses.size(); first += kMaxTensors) {
-    Counters counters;
-    counters.size = static_cast<int32_t>(std::min<size_t>(step_addresses.size() - first, kMaxTensors));
-    for (int i = 0; i < counters.size; ++i) counters.counter[i] = reinterpret_cast<float*>(step_addresses[first + i]);
-    launch(increment, (counters.size + kThreads - 1) / kThreads, cuda_stream, counters);
+  const int total = static_cast<int>(step_addresses.size());
+  for (int first = 0; first < total; first += kMaxTensors) {
+    with_capacity(std::min(total - first, kMaxTensors), [&](auto capacity) {
+      constexpr int kTensors = decltype(capacity)::value;
+      Counters<kTensors> counters;
+      counters.size = std::min(total - first, kTensors);
+      for (int i = 0; i < counters.size; ++i) counters.counter[i] = reinterpret_cast<float*>(step_addresses[first + i]);
+      launch(increment<kTensors>, (counters.size + kThreads - 1) / kThreads, cuda_stream, counters);
+    });
   }
 }
 

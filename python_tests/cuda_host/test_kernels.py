@@ -34,12 +34,40 @@ def test_norm_of_extremes(backend, device):
     checks.check_norm_of_what_is_not_finite(backend, device)
 
 
-def test_norm_of_more_tensors_than_a_table_holds(backend, device):
-    checks.check_norm_of_many(backend, device)
+# Bytes of the arguments of norm (float32, not adaptive) and of SGD with momentum, with the table for 64, 192 and 448
+# tensors.
+NORM_BYTES, SGD_BYTES = (1432, 4248, 9880), (2944, 8704, 20224)
+SIZES = [(1, [0]), (64, [0]), (65, [1]), (192, [1]), (193, [2]), (448, [2]), (449, [2, 0]), (513, [2, 1])]
 
 
-def test_perturbation_of_more_tensors_than_a_table_holds(backend, device):
-    checks.check_perturb_of_many(backend, device)
+@pytest.mark.parametrize(("count", "tables"), SIZES)
+def test_a_launch_copies_the_smallest_table_that_holds_its_tensors(backend, emulated, count, tables):
+    params, grads, buffers = ([torch.full((1,), value) for _ in range(count)] for value in (1.0, 2.0, 4.0))
+    emulated.take_argument_bytes()
+    partials = backend.norm_partials(params, grads, [0] * count, [False], 0.0)
+    assert emulated.take_argument_bytes() == [NORM_BYTES[i] for i in tables]
+    assert partials.sum() == 4.0 * count
+    backend.restore_sgd_(params, params, grads, buffers, False, 0.5, None, 0.5, 0.0, 0.0, False, False)
+    assert emulated.take_argument_bytes() == [SGD_BYTES[i] for i in tables]
+    # b = 0.5 b + g = 4, w = w - 0.5 b
+    assert all(param.item() == -1.0 for param in params)
+
+
+@pytest.mark.parametrize("count", checks.TENSOR_COUNTS)
+def test_norm_of_many_tensors(backend, device, count):
+    checks.check_norm_of_many(backend, device, count)
+
+
+@pytest.mark.parametrize("count", checks.TENSOR_COUNTS)
+def test_perturbation_of_many_tensors(backend, device, count):
+    checks.check_perturb_of_many(backend, device, count)
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 193, 449])
+def test_steps_are_counted_of_many_tensors(emulated, count):
+    counters = torch.arange(count, dtype=torch.float32)
+    emulated.increment_steps((0, 0), [counter.data_ptr() for counter in counters.unbind()])
+    assert torch.equal(counters, torch.arange(1, count + 1, dtype=torch.float32))
 
 
 @shifts

@@ -32,3 +32,10 @@ def test_the_page_says_what_the_file_holds():
             least, most = (choose(counts[architecture] for counts in kernels) for choose in (min, max))
             assert cell == (str(least) if least == most else f"{least} to {most}"), name
         assert rows[name][2] == str(len(kernels)), name
+
+
+def test_the_page_says_what_a_launch_copies():
+    found = json.loads((ROOT / "benchmarks" / "cuda_registers.json").read_text())["argument_bytes"]
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    few, most = (found[f"update: stream<RestoreSgd<float, true, false>, {capacity}>"] for capacity in (64, 448))
+    assert f"SGD with momentum copies {few:,} bytes, where the largest table takes {most:,}" in page

@@ -118,12 +118,16 @@ def check_norm_of_what_is_not_finite(backend: ModuleType, device: torch.device) 
         assert not backend.norm_partials(grads, grads, [0], [False], 0.0).sum().isfinite()
 
 
-def check_norm_of_many(backend: ModuleType, device: torch.device) -> None:
-    """More tensors than a table holds, of several dtypes, one of them empty."""
-    grads = [torch.full((3,), 2.0, device=device, dtype=DTYPES[max(0, i - 450) % 3]) for i in range(470)]
+# The tables of addresses hold 64, 192 and 448 tensors in the CUDA code, which takes as many tables as it needs.
+TENSOR_COUNTS = (64, 65, 192, 193, 448, 449, 470)
+
+
+def check_norm_of_many(backend: ModuleType, device: torch.device, count: int) -> None:
+    """Tensors of several dtypes, one of them empty."""
+    grads = [torch.full((3,), 2.0, device=device, dtype=DTYPES[max(0, i - count + 20) % 3]) for i in range(count)]
     grads[7] = torch.empty(0, device=device)
-    partials = backend.norm_partials(grads, grads, [0] * 470, [False], 0.0)
-    assert math.isclose(partials.sum().item(), 469 * 12, rel_tol=1e-12)
+    partials = backend.norm_partials(grads, grads, [0] * count, [False], 0.0)
+    assert math.isclose(partials.sum().item(), (count - 1) * 12, rel_tol=1e-12)
 
 
 def exact_partials(device: torch.device) -> Tensor:
@@ -133,11 +137,11 @@ def exact_partials(device: torch.device) -> Tensor:
     return partials
 
 
-def check_perturb_of_many(backend: ModuleType, device: torch.device) -> None:
-    """More tensors than a table holds: each has its own group, offset and mask, whichever table is walked first."""
-    counts = [5 if i % 7 else 0 for i in range(470)]
+def check_perturb_of_many(backend: ModuleType, device: torch.device, count: int) -> None:
+    """Each tensor has its own group, offset and mask, whichever table is walked first."""
+    counts = [5 if i % 7 else 0 for i in range(count)]
     params, grads, expected, backups = ([torch.full((n,), 1.0, device=device) for n in counts] for _ in range(4))
-    groups, offsets = [i % 2 for i in range(470)], [8 * i for i in range(470)]
+    groups, offsets = [i % 2 for i in range(count)], [8 * i for i in range(count)]
     scale = torch.tensor([0.5, 0.25], dtype=torch.float64, device=device)
     state = torch.tensor([3, 5, round(0.6 * 2**32) - 1], device=device)
     rest = (groups, offsets, exact_partials(device), scale, [False, True], 0.5, 1.0, 1e-12, state)

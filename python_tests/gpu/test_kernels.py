@@ -34,9 +34,10 @@ def test_norm_of_extremes(backend, backend_name, device):
     checks.check_norm_of_extremes(backend, device)
 
 
-def test_norm_of_many_tensors(backend, device):
-    checks.check_norm_of_many(backend, device)
-    checks.check_perturb_of_many(backend, device)
+@pytest.mark.parametrize("count", checks.TENSOR_COUNTS)
+def test_norm_and_perturbation_of_many_tensors(backend, device, count):
+    checks.check_norm_of_many(backend, device, count)
+    checks.check_perturb_of_many(backend, device, count)
 
 
 @shifts

@@ -51,6 +51,7 @@ inline int multiprocessors = 3;
 inline int usable_multiprocessors = 3;  // fewer than it says: MPS, green contexts
 inline int device = 0;
 inline int launches = 0;
+inline std::vector<size_t> argument_bytes;  // of each launch
 
 // -- Fibers
 // ----------------------------------------------------------------------------------------------------------
@@ -281,6 +282,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (cooperative && config->gridDim.x > static_cast<unsigned>(emulator::usable_multiprocessors)) {
     return emulator::last_error = cudaErrorCooperativeLaunchTooLarge;
   }
+  emulator::argument_bytes.push_back((0 + ... + sizeof(Parameters)));
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   const std::function<void()> body = [&] { std::apply(kernel, held); };
   emulator::run_grid(config->gridDim.x, config->blockDim.x, cooperative, body);
