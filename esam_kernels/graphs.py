@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from esam_kernels import uploads
 from esam_kernels.capturable import check_batch, check_capturable
 from esam_kernels.captures import (
     Capture,
@@ -157,7 +158,7 @@ class _GraphedStep(_EagerStep):
             return result
         if capture.graph is None:
             logger.debug("graphed step: captured as a CUDA graph")
-            capture.graph, capture.result = self._capture()
+            self._capture(capture)
         return self._replay(capture)
 
     def _upload(self, batch: tuple[Any, ...]) -> list[Tensor]:
@@ -209,7 +210,7 @@ class _GraphedStep(_EagerStep):
         finally:  # also after an exception: the weights are restored on that stream
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _capture(self, capture: Capture) -> None:
         self.optimizer._phases.drop_gradients()
         before = HostState(self.optimizer)
         graph = torch.cuda.CUDAGraph()
@@ -220,6 +221,7 @@ class _GraphedStep(_EagerStep):
             with (
                 torch.cuda.stream(self._stream),
                 self._as_in_a_graph(),
+                uploads.keeping() as kept,
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 result = self.optimizer.step(self.closure, *self._inputs)
@@ -235,7 +237,8 @@ class _GraphedStep(_EagerStep):
                 "on values, and no copies from ordinary memory of the host. Take such calls out of the closure and the "
                 "model, or call optimizer.step in place of the graphed step. Nothing was changed by this call"
             ) from error
-        return graph, result
+        capture.graph, capture.result = graph, result
+        uploads.release_with(capture, kept)
 
     def _begin_anew(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a capture that failed."""

@@ -1,11 +1,15 @@
-"""Copies from the host to the device that wait for nothing: from pinned memory, which is used in turn.
+"""Copies from the host to the device that wait for nothing, and memory that stays for the CUDA graphs that read it.
 
-A copy from ordinary (pageable) memory waits for the device, and so may the allocation of pinned memory.
+A copy from ordinary (pageable) memory waits for the device, and so may the allocation of pinned memory. Eager code
+therefore copies from pinned memory that is used in turn. A graph copies again at every replay: its pinned memory is
+used by nobody else as long as the graph lives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,33 @@ SEGMENTS = 4
 # The tables of some ten steps of a ResNet-50 with a new draw of tensors each; four segments are 1 MiB.
 SEGMENT_BYTES = 1 << 18
 ALIGNMENT = 16
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def staged(values: Tensor, device: torch.device) -> Tensor:
+    """``values``, a CPU tensor, as a copy to ``device`` takes them without waiting: that copy has to be queued next."""
+    if capturing(device):
+        return _staged_for_a_graph(values)
+    if device.type != "cuda":
+        return values
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    if key not in _rings:
+        _rings[key] = PinnedRing(_pinned(SEGMENTS * SEGMENT_BYTES).chunk(SEGMENTS), torch.cuda.Event)
+    place = _rings[key].place(values.nbytes)
+    # torch's own pinned memory: it waits nowhere either, but where it has none left it asks the driver for more
+    return values.pin_memory() if place is None else place.view(values.dtype).view(values.shape).copy_(values)
+
+
+def _pinned(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+# -- Eager code --------------------------------------------------------------------------------------------------------
 
 
 class PinnedRing:
@@ -32,7 +63,7 @@ class PinnedRing:
 
     def place(self, nbytes: int) -> Tensor | None:
         """Memory for one copy, which has to be queued before the next call; None where all is still being read."""
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = _aligned(nbytes)
         if size > self._segments[0].numel():
             return None
         if self._used + size > self._segments[0].numel():
@@ -45,19 +76,70 @@ class PinnedRing:
         return self._segments[self._current][start : start + nbytes]
 
 
-def staged(values: Tensor, device: torch.device) -> Tensor:
-    """``values``, a CPU tensor, as a copy to ``device`` takes them without waiting: that copy has to be queued next."""
-    if device.type != "cuda":
-        return values
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
-    if key not in _rings:
-        memory = torch.empty(SEGMENTS, SEGMENT_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-        _rings[key] = PinnedRing(memory.unbind(), torch.cuda.Event)
-    place = _rings[key].place(values.nbytes)
-    # torch's own pinned memory: it waits nowhere either, but where it has none left it asks the driver for more
-    return values.pin_memory() if place is None else place.view(values.dtype).view(values.shape).copy_(values)
-
-
 # One for each stream: an event says what one stream has read.
 _rings: dict[tuple[int, int], PinnedRing] = {}
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+# -- CUDA graphs -------------------------------------------------------------------------------------------------------
+
+STAGING_BYTES = 1 << 20  # the tables of several captured steps of a large model
+_staging: list[Tensor] = []
+# Where a capture keeps what its graph reads, the innermost last. The first is never emptied: it is for graphs that
+# others capture, of which nothing says when they go.
+_keepers: list[list[Any]] = [[]]
+# What graphs that are gone have read, each with the event after which the device no longer does.
+_retired: list[tuple[Any, list[Any]]] = []
+
+
+def reserve(needed: int) -> None:
+    """Have pinned memory for captures to come: allocating it inside one is not allowed by every version of torch.
+
+    Every capture takes some of it, so that it is filled up as soon as less than ``needed`` bytes are left.
+    """
+    if not _staging or _staging[0].numel() < needed:
+        _staging[:] = [_pinned(max(STAGING_BYTES, needed))]
+
+
+def _staged_for_a_graph(values: Tensor) -> Tensor:
+    size = _aligned(values.nbytes)
+    if _staging and size <= _staging[0].numel():
+        taken, _staging[0] = _staging[0][: values.nbytes], _staging[0][size:]
+    else:
+        taken = _pinned(values.nbytes)
+    keep(taken)
+    return taken.view(values.dtype).view(values.shape).copy_(values)
+
+
+def keep(*memory: Tensor) -> None:
+    """Keep what the graph that is being captured reads at its replays."""
+    _keepers[-1].extend(memory)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[Any]]:
+    """Inside, captures keep what they read in the list. Hand it to :func:`release_with`, with the graph's owner."""
+    kept: list[Any] = []
+    _keepers.append(kept)
+    try:
+        yield kept
+    finally:
+        _keepers[:] = [keeper for keeper in _keepers if keeper is not kept]
+
+
+def release_with(owner: object, kept: list[Any]) -> None:
+    """Let ``kept`` go when ``owner`` is gone and the device has done what was queued by then."""
+    weakref.finalize(owner, _retire, kept).atexit = False
+
+
+def _retire(kept: list[Any]) -> None:
+    if torch.cuda.is_current_stream_capturing():  # a collection of garbage: an event would break the capture
+        _retired.append((None, kept))
+        return
+    event = torch.cuda.Event()
+    event.record()
+    waiting = [(event if after is None else after, memory) for after, memory in _retired]
+    _retired[:] = [(after, memory) for after, memory in [*waiting, (event, kept)] if not after.query()]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import cuda_graph
 import pytest
+import torch
 from graph_pairs import capturable_adamw
 from steps import BASES, Training, batches, set_lr
 
-from esam_kernels import make_graphed_step
+from esam_kernels import make_graphed_step, uploads
 from esam_kernels.graphs import DRAW_POOL, WARMUP_STEPS
 
 LOSSES = ["forward_tile", "backward_tile"]
@@ -78,3 +83,35 @@ def test_a_replay_of_every_plan_launches_what_the_plan_says(gpu, stand_in, devic
     for plan in PLANS:
         gpu.replays = 0
         steps_and_compares(gpu, stand_in, device, plan, "SGD", "element")
+
+
+def test_tables_go_with_their_graphs(gpu, stand_in, device, monkeypatch):
+    """A training that loads a state again and again captures anew each time, and keeps the tables of one graph."""
+    monkeypatch.setattr(uploads, "capturing", lambda device: gpu.graph is not None)
+    monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(uploads, "_keepers", [[]])
+    monkeypatch.setattr(uploads, "_staging", [])
+    kept, keep = [], uploads.keep
+
+    def seen(*memory):
+        kept.extend(map(weakref.ref, memory))
+        keep(*memory)
+
+    monkeypatch.setattr(uploads, "keep", seen)
+    training = Training(device, "", "SGD", mask="element")
+    given = batches(device, 1)[0]
+    step = make_graphed_step(training.optimizer, training.losses, *given)
+    alive = []
+    for _ in range(4):
+        for _ in range(WARMUP_STEPS + 2):
+            step(*given)
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in kept))
+        training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+    assert len(gpu.captures) == 4
+    # a norm, a perturbation and an update: addresses and layout each, on the device and in pinned memory
+    assert alive == [12] * 4
+    assert uploads._keepers == [[]]
+    del step
+    gc.collect()
+    assert not any(tensor() is not None for tensor in kept)

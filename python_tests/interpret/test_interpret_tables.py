@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from esam_kernels import uploads as host
 from esam_kernels.backends.triton.blocks import block_at
 
 # The convolutions and normalization layers of ResNet-50 and its head: 161 tensors.
@@ -113,54 +114,22 @@ def test_the_tables_of_a_billion_weights_are_as_small_as_their_list(blocks, uplo
     assert bytes_kept(uploads) == (3 + 5) * 8 * len(params)
 
 
-def test_staging_memory_of_a_captured_graph_is_never_handed_out_twice(blocks, monkeypatch):
-    monkeypatch.setattr(blocks, "_staging", [torch.empty(128, dtype=torch.uint8)])
-    monkeypatch.setattr(blocks, "_captured", [])
-    first, second = (blocks._captured_staging(numel, torch.int64) for numel in (5, 9))
-    first.copy_(torch.arange(5))
-    second.copy_(-torch.arange(9))
-    assert first.tolist() == list(range(5))
-    assert len(blocks._staging[0]) == 128 - 48 - 80
-    assert [tensor.data_ptr() for tensor in blocks._captured] == [first.data_ptr(), second.data_ptr()]
-
-
-def test_staging_memory_is_filled_up_before_a_capture_can_run_out(blocks, monkeypatch):
-    monkeypatch.setattr(blocks, "_staging", [])
-    reserved = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, pin_memory, **options: reserved.append(size) or empty(size))
-    for needed, expected in ((1000, [1 << 20]), (2000, [1 << 20]), (3 << 20, [1 << 20, 3 << 20])):
-        blocks._reserve_staging(needed)
-        assert reserved == expected
-    blocks._staging[0] = blocks._staging[0][:1500]
-    blocks._reserve_staging(1500)
-    assert len(reserved) == 2
-    blocks._reserve_staging(2000)
-    assert reserved[2:] == [1 << 20]
-
-
-def test_captured_tables_are_kept_out_of_the_cache(blocks, monkeypatch):
+def test_captured_tables_are_kept_out_of_the_cache_and_kept_for_the_graph(blocks, monkeypatch):
     params = [torch.zeros(3000)]
     eager = blocks.table([params])
-    monkeypatch.setattr(blocks, "capturing", lambda device: True)
-    monkeypatch.setattr(blocks, "_captured", [])
-    monkeypatch.setattr(blocks, "_captured_staging", lambda numel, dtype: torch.empty(numel, dtype=dtype))
-    captured = blocks.table([params])
+    monkeypatch.setattr(host, "capturing", lambda device: True)
+    monkeypatch.setattr(host, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    with host.keeping() as kept:
+        captured = blocks.table([params])
     assert captured.addresses is not eager.addresses
     assert captured.layout is not eager.layout
-    assert [id(tensor) for tensor in blocks._captured] == [id(captured.addresses), id(captured.layout)]
-
-
-def test_only_a_cuda_stream_is_asked_whether_it_captures(blocks, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert blocks.capturing(torch.device("cuda"))
-    assert not blocks.capturing(torch.device("cpu"))
+    assert {id(captured.addresses), id(captured.layout)} <= {id(tensor) for tensor in kept}
 
 
 def test_adam_counters_on_another_device_are_refused_in_a_capture(kernels, monkeypatch):
     from esam_kernels.backends.triton import adam
 
-    monkeypatch.setattr(adam, "capturing", lambda device: True)
+    monkeypatch.setattr(host, "capturing", lambda device: True)
     monkeypatch.setattr(adam, "_are_on", lambda device, steps: False)
     w, steps = [torch.zeros(4)], [torch.tensor(0.0)]
     with pytest.raises(RuntimeError, match="capturable"):

@@ -11,21 +11,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from esam_kernels import uploads
 from esam_kernels.backends.triton.blocks import (
     FIRST_LIST,
     MASKED_BLOCK,
+    ONCE,
     TRITON_DTYPES,
     block_at,
     block_size,
     buckets,
-    capturing,
     float64,
     fma,
-    load_once,
+    load_tile,
     narrow,
     pick,
     round_to,
-    store_once,
     store_tile,
     stream_over,
     table,
@@ -75,10 +75,11 @@ def adam_tile(
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
 ):
-    w = widen(load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    g = widen(load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    m = widen(load_once(addresses_ptr, num_tensors, EXP_AVG, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
-    v = widen(load_once(addresses_ptr, num_tensors, EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED), eps.dtype)
+    w = load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    g = load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    m = load_tile(addresses_ptr, num_tensors, EXP_AVG, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    v = load_tile(addresses_ptr, num_tensors, EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    w, g, m, v = widen(w, eps.dtype), widen(g, eps.dtype), widen(m, eps.dtype), widen(v, eps.dtype)
     if MAXIMIZE:
         g *= -1.0
     if WEIGHT_DECAY:
@@ -89,15 +90,15 @@ def adam_tile(
     # torch.lerp starts from the nearer end
     near = lerp_weight < 0.5
     m = narrow(fma(g - m, tl.where(near, lerp_weight, lerp_weight - 1), tl.where(near, m, g)), DTYPE)
-    store_once(addresses_ptr, num_tensors, EXP_AVG, m, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_tile(addresses_ptr, num_tensors, EXP_AVG, m, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     v = narrow(fma(g * one_minus_beta2, g, round_to(v * beta2, DTYPE)), DTYPE)
-    store_once(addresses_ptr, num_tensors, EXP_AVG_SQ, v, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_tile(addresses_ptr, num_tensors, EXP_AVG_SQ, v, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     v = widen(v, eps.dtype)
     if AMSGRAD:
-        largest = load_once(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED)
+        largest = load_tile(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
         v = tl.maximum(widen(largest, eps.dtype), v, propagate_nan=tl.PropagateNan.ALL)
         largest = narrow(v, DTYPE)
-        store_once(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, largest, start, numel, DTYPE, BLOCK, VECTORIZED)
+        store_tile(addresses_ptr, num_tensors, MAX_EXP_AVG_SQ, largest, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     denominator = round_to(divide(round_to(square_root(v), DTYPE), bias_correction2_sqrt), DTYPE)
     denominator = round_to(denominator + eps, DTYPE)
     updated = narrow(w - divide(widen(m, eps.dtype) * step_size, denominator), DTYPE)
@@ -217,7 +218,7 @@ def _counters_on(device: torch.device, steps: Sequence[Tensor]) -> Sequence[Tens
         if all(step.dtype == torch.float32 for step in steps):
             return steps
         return torch.stack([step.reshape(()) for step in steps]).float().unbind()
-    if capturing(device):
+    if uploads.capturing(device):
         raise RuntimeError("Adam's step counters are not on the device: a CUDA graph needs capturable=True")
     if steps[0] not in _copies:
         _copies[steps[0]] = DeviceNumbers(torch.float32)

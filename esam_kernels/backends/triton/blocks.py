@@ -30,7 +30,11 @@ NUM_WARPS = 4
 MASKED_BLOCK = tl.constexpr(512)  # elements: small, so that the masked path does not cost the other one registers
 BLOCK_BYTES = 8192  # four 128-bit accesses a thread and list: enough in flight at half occupancy to fill HBM3
 MAX_PROGRAMS = NUM_PARTIALS  # about eight programs a multiprocessor on H100 and B200; a slot of the norm for each
+TABLES_OF_A_STEP = 8  # norm, perturb, restore, update, of weights of two dtypes
 TABLES_KEPT = 64  # a few KiB each; a step has some ten, and a draw of tensors (mask="tensor") hardly ever comes again
+
+# The policy of tiles that nothing reads again before a whole forward pass: they leave the caches before others do.
+ONCE = tl.constexpr("evict_first")
 
 # Rows of the address table.
 ALIGNMENT = tl.constexpr(0)
@@ -107,14 +111,14 @@ def table(
     where = (device, _stream(device), len(params))
     address_key = (*where, addresses, tuple(scalars))
     layout_key = (*where, block, numels, tuple(offsets), tuple(groups), tuple(adaptive))
-    if capturing(device):
-        # A graph reads its tables at every replay: they must neither be shared with eager code nor ever be freed.
+    if uploads.capturing(device):
+        # A graph reads its tables at every replay: they must neither be shared with eager code nor freed before it.
         uploaded, (layout, num_blocks) = _addresses.__wrapped__(*address_key), _layout.__wrapped__(*layout_key)
-        _captured.extend((uploaded, layout))
+        uploads.keep(uploaded, layout)
     else:
         uploaded, (layout, num_blocks) = _addresses(*address_key), _layout(*layout_key)
         if device.type == "cuda":
-            _reserve_staging(TABLES_OF_A_STEP * (uploaded.nbytes + layout.nbytes))
+            uploads.reserve(TABLES_OF_A_STEP * (uploaded.nbytes + layout.nbytes))
     return Table(uploaded, layout, len(params), num_blocks)
 
 
@@ -153,42 +157,7 @@ def _layout(
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on ``device``, made without waiting for it, also inside the capture of a CUDA graph."""
     logger.debug("a table of %d numbers goes to %s: its tensors have not been met before", values.numel(), device)
-    if not capturing(device):
-        return uploads.staged(values, device).to(device, non_blocking=True)
-    staging = _captured_staging(values.numel(), values.dtype)
-    staging.copy_(values)
-    return staging.to(device, non_blocking=True)
-
-
-_captured: list[Any] = []
-_staging: list[Tensor] = []
-STAGING_BYTES = 1 << 20  # the tables of several captured steps of a large model
-TABLES_OF_A_STEP = 8  # norm, perturb, restore, update, of weights of two dtypes
-
-
-def _reserve_staging(needed: int) -> None:
-    """Pinned memory for captures to come: allocating it inside one is not allowed by every version of torch.
-
-    Every capture takes some of it for good, so that it is filled up as soon as less than ``needed`` bytes are left.
-    """
-    if not _staging or _staging[0].numel() < needed:
-        _staging[:] = [torch.empty(max(STAGING_BYTES, needed), dtype=torch.uint8, device="cpu", pin_memory=True)]
-
-
-def _captured_staging(numel: int, dtype: torch.dtype) -> Tensor:
-    """Pinned memory that is never used again: replays of the graph read it."""
-    size = -(-numel * dtype.itemsize // 16) * 16
-    if _staging and size <= _staging[0].numel():
-        taken, _staging[0] = _staging[0][:size], _staging[0][size:]
-        staging = taken[: numel * dtype.itemsize].view(dtype)
-    else:
-        staging = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
-    _captured.append(staging)
-    return staging
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return uploads.staged(values, device).to(device, non_blocking=True)
 
 
 def _stream(device: torch.device) -> int:
@@ -291,36 +260,6 @@ def store_tile(
         tl.store(pointers, x, eviction_policy=POLICY)
     else:
         tl.store(pointers, x, mask=tl.arange(0, BLOCK) < numel - start, eviction_policy=POLICY)
-
-
-@triton.jit
-def load_once(
-    addresses_ptr,
-    num_tensors,
-    LIST: tl.constexpr,
-    start,
-    numel,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTORIZED: tl.constexpr,
-):
-    """A tile that nothing reads again before a whole forward pass: it leaves the caches before others do."""
-    return load_tile(addresses_ptr, num_tensors, LIST, start, numel, DTYPE, BLOCK, VECTORIZED, "evict_first")
-
-
-@triton.jit
-def store_once(
-    addresses_ptr,
-    num_tensors,
-    LIST: tl.constexpr,
-    x,
-    start,
-    numel,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTORIZED: tl.constexpr,
-):
-    store_tile(addresses_ptr, num_tensors, LIST, x, start, numel, DTYPE, BLOCK, VECTORIZED, "evict_first")
 
 
 @triton.jit

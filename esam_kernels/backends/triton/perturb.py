@@ -14,16 +14,15 @@ from esam_kernels.backends.triton.blocks import (
     GROUP,
     MASKED_BLOCK,
     OFFSET,
+    ONCE,
     TRITON_DTYPES,
     block_at,
     block_size,
     buckets,
     float64,
-    load_once,
     load_tile,
     narrow,
     pick,
-    store_once,
     store_tile,
     stream_over,
     table,
@@ -55,7 +54,7 @@ def perturb_tile(
     VECTORIZED: tl.constexpr,
 ):
     w = load_tile(addresses_ptr, num_tensors, PARAM, start, numel, DTYPE, BLOCK, VECTORIZED)
-    g = load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED)
+    g = load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     x = widen(w, factor.dtype)
     direction = widen(g, factor.dtype)
     if ANY_ADAPTIVE:
@@ -67,7 +66,7 @@ def perturb_tile(
         step = tl.load(random_state_ptr + 1)
         bound = tl.load(random_state_ptr + 2)
         perturbed = tl.where(element_mask(seed, step, bound, offset + start, BLOCK), perturbed, w)
-    store_once(addresses_ptr, num_tensors, BACKUP, w, start, numel, DTYPE, BLOCK, VECTORIZED)
+    store_tile(addresses_ptr, num_tensors, BACKUP, w, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     store_tile(addresses_ptr, num_tensors, PARAM, perturbed, start, numel, DTYPE, BLOCK, VECTORIZED)
 
 

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from esam_kernels.backends.triton.blocks import (
     MASKED_BLOCK,
+    ONCE,
     TRITON_DTYPES,
     block_at,
     block_size,
     buckets,
     float64,
     fma,
-    load_once,
+    load_tile,
     narrow,
     pick,
     round_to,
-    store_once,
     store_tile,
     stream_over,
     table,
@@ -63,7 +63,7 @@ def number_and_tensor(lr: float, lr_tensor: Tensor | None, device: torch.device)
 def restore_tile(
     start, addresses_ptr, num_tensors, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORIZED: tl.constexpr
 ):
-    w = load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED)
+    w = load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
     store_tile(addresses_ptr, num_tensors, PARAM, w, start, numel, DTYPE, BLOCK, VECTORIZED)
 
 
@@ -108,8 +108,9 @@ def sgd_tile(
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
 ):
-    w = widen(load_once(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
-    direction = widen(load_once(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED), lr.dtype)
+    w = load_tile(addresses_ptr, num_tensors, BACKUP, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    g = load_tile(addresses_ptr, num_tensors, GRAD, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
+    w, direction = widen(w, lr.dtype), widen(g, lr.dtype)
     if MAXIMIZE:
         direction *= -1.0  # unary minus would turn 0 into 0, not -0
     if WEIGHT_DECAY:
@@ -117,11 +118,13 @@ def sgd_tile(
     if MOMENTUM:
         buffer = direction
         if not FIRST:
-            buffer = load_once(addresses_ptr, num_tensors, MOMENTUM_BUFFER, start, numel, DTYPE, BLOCK, VECTORIZED)
+            buffer = load_tile(
+                addresses_ptr, num_tensors, MOMENTUM_BUFFER, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE
+            )
             buffer = round_to(widen(buffer, lr.dtype) * momentum, DTYPE)
             buffer = round_to(fma(direction, undamped, buffer), DTYPE)
         written = narrow(buffer, DTYPE)
-        store_once(addresses_ptr, num_tensors, MOMENTUM_BUFFER, written, start, numel, DTYPE, BLOCK, VECTORIZED)
+        store_tile(addresses_ptr, num_tensors, MOMENTUM_BUFFER, written, start, numel, DTYPE, BLOCK, VECTORIZED, ONCE)
         direction = round_to(fma(buffer, momentum, direction), DTYPE) if NESTEROV else buffer
     updated = narrow(fma(direction, lr * -1.0, w), DTYPE)
     store_tile(addresses_ptr, num_tensors, PARAM, updated, start, numel, DTYPE, BLOCK, VECTORIZED)
