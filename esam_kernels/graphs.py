@@ -238,7 +238,7 @@ class _GraphedStep(_EagerStep):
                 "model, or call optimizer.step in place of the graphed step. Nothing was changed by this call"
             ) from error
         capture.graph, capture.result = graph, result
-        uploads.release_with(capture, kept)
+        uploads.release_with(capture, kept, self._device)
 
     def _begin_anew(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a capture that failed."""

@@ -35,7 +35,7 @@ def staged(values: Tensor, device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
     if key not in _rings:
-        _rings[key] = PinnedRing(_pinned(SEGMENTS * SEGMENT_BYTES).chunk(SEGMENTS), torch.cuda.Event)
+        _rings[key] = PinnedRing(_pinned(SEGMENTS * SEGMENT_BYTES).chunk(SEGMENTS), torch.cuda.Event, stream)
     place = _rings[key].place(values.nbytes)
     # torch's own pinned memory: it waits nowhere either, but where it has none left it asks the driver for more
     return values.pin_memory() if place is None else place.view(values.dtype).view(values.shape).copy_(values)
@@ -53,11 +53,12 @@ class PinnedRing:
 
     Args:
         segments: the memory, flat tensors of uint8 of one size.
-        make_event: makes what has a ``record()`` and a ``query()`` as ``torch.cuda.Event`` has them.
+        make_event: makes what has a ``record(stream)`` and a ``query()`` as ``torch.cuda.Event`` has them.
+        stream: on which the copies are queued.
     """
 
-    def __init__(self, segments: Sequence[Tensor], make_event: Callable[[], Any]) -> None:
-        self._segments = segments
+    def __init__(self, segments: Sequence[Tensor], make_event: Callable[[], Any], stream: Any) -> None:
+        self._segments, self._stream = segments, stream
         self._events: list[Any] = [make_event() for _ in segments]
         self._current = self._used = 0
 
@@ -67,7 +68,7 @@ class PinnedRing:
         if size > self._segments[0].numel():
             return None
         if self._used + size > self._segments[0].numel():
-            self._events[self._current].record()
+            self._events[self._current].record(self._stream)
             following = (self._current + 1) % len(self._segments)
             if not self._events[following].query():  # the host is that far ahead
                 return None
@@ -130,16 +131,16 @@ def keeping() -> Iterator[list[Any]]:
         _keepers[:] = [keeper for keeper in _keepers if keeper is not kept]
 
 
-def release_with(owner: object, kept: list[Any]) -> None:
-    """Let ``kept`` go when ``owner`` is gone and the device has done what was queued by then."""
-    weakref.finalize(owner, _retire, kept).atexit = False
+def release_with(owner: object, kept: list[Any], device: torch.device) -> None:
+    """Let ``kept`` go when ``owner`` is gone and ``device`` has done what was queued by then."""
+    weakref.finalize(owner, _retire, kept, device).atexit = False
 
 
-def _retire(kept: list[Any]) -> None:
+def _retire(kept: list[Any], device: torch.device) -> None:
     if torch.cuda.is_current_stream_capturing():  # a collection of garbage: an event would break the capture
         _retired.append((None, kept))
         return
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     waiting = [(event if after is None else after, memory) for after, memory in _retired]
     _retired[:] = [(after, memory) for after, memory in [*waiting, (event, kept)] if not after.query()]

@@ -80,7 +80,11 @@ def _choose(name: str, device: torch.device) -> Backend:
     if name != _DEFAULT:
         reason = unavailable(name, device)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} is not available for {device.type} tensors: {reason}")
+            others = ", ".join(other for other in NAMES if unavailable(other, device) is None)
+            raise RuntimeError(
+                f"backend {name!r} is not available for {device.type} tensors: {reason}. Name one of those that are "
+                f"({others}), or none"
+            )
         return load(name)
     order = _DEFAULT_ORDER.get(device.type, ("reference",))
     reasons: dict[str, str] = {}

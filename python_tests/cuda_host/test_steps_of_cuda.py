@@ -12,10 +12,12 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / "dry"))
 
+import cuda_graph
 from host_memory import watched
 
-from esam_kernels import ESAM, backends, cross_entropy, normalization_groups, uploads
+from esam_kernels import ESAM, backends, cross_entropy, make_graphed_step, normalization_groups, uploads
 from esam_kernels.backends.cuda import extension, perturbation
+from esam_kernels.graphs import WARMUP_STEPS
 
 CPU = torch.device("cpu")
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.25, "momentum": 0.9}
@@ -49,9 +51,11 @@ class Training:
 
     def run(self, steps=1):
         for _ in range(steps):
-            inputs = torch.randn(BATCH, FEATURES, generator=self.generator)
-            targets = torch.randint(CLASSES, (BATCH,), generator=self.generator)
-            self.optimizer.step(self.losses, inputs, targets)
+            self.optimizer.step(self.losses, *self.batch())
+
+    def batch(self):
+        inputs = torch.randn(BATCH, FEATURES, generator=self.generator)
+        return inputs, torch.randint(CLASSES, (BATCH,), generator=self.generator)
 
     @property
     def params(self):
@@ -176,3 +180,32 @@ def test_steps_of_every_plan_give_the_weights_of_the_reference(calls, plan, base
         training.run(3)
     for a, b in zip(ours.params, reference.params, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+GRAPHED = ["rise", "first_order", "random", "whole batch", "momentum", "base step"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "base"), [*((plan, "SGD momentum") for plan in GRAPHED), ("rise", "AdamW capturable")]
+)
+def test_a_replayed_step_launches_what_an_eager_one_does_and_gives_its_weights(
+    calls, emulated, monkeypatch, plan, base
+):
+    gpu = cuda_graph.install(monkeypatch)
+    options = {**BASES[base][0], "lr": 0.01, **PLANS[plan][0], "mask": "element"}
+    graphed, eager = Training(**options), Training(**options)
+    step = make_graphed_step(graphed.optimizer, graphed.losses, *graphed.batch())
+    eager.batch()
+    for _ in range(WARMUP_STEPS + 3):
+        calls.take()
+        emulated.take_launches()
+        step(*graphed.batch())
+        launches, names = emulated.take_launches(), [call.name for call in calls.take()]
+        eager.optimizer.step(eager.losses, *eager.batch())
+    assert (len(gpu.captures), gpu.replays) == (1, 3)
+    update = BASES[base][1]
+    # at rho = 0 a graph holds a fused update, where an eager step leaves it to torch
+    expected = [*LOSSES, *update] if plan == "base step" else [*PLANS[plan][1][: -len(UPDATE)], *update]
+    assert (names, launches) == (expected, len(expected))
+    for a, b in zip(graphed.params, eager.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -289,7 +289,7 @@ class Device:
 class Event:
     """torch.cuda.Event, on a device that is done at once."""
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         pass
 
     def query(self) -> bool:

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esam_kernels import ops
-from esam_kernels.backends import ENVIRONMENT_VARIABLE, load, resolve, unavailable
+from esam_kernels.backends import ENVIRONMENT_VARIABLE, NAMES, load, resolve, unavailable
 from esam_kernels.ops import registration
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -137,8 +137,10 @@ def test_a_backend_that_is_not_available_is_an_error_that_says_how_to_get_it(mon
     cpu = torch.device("cpu")
     assert unavailable("reference", cpu) is None
     assert unavailable("cuda", cpu)
-    with pytest.raises(RuntimeError, match=r"backend 'cuda' is not available for cpu tensors: ."):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' is not available for cpu tensors: .") as refusal:
         resolve("cuda", cpu)
+    others = ", ".join(name for name in NAMES if unavailable(name, cpu) is None)
+    assert str(refusal.value).endswith(f". Name one of those that are ({others}), or none")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(RuntimeError, match="not available"):
         ops.select(torch.rand(3), torch.rand(3), 1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from esam_kernels import uploads
+
+CUDA = torch.device("cuda")
+STREAM = SimpleNamespace(device_index=0, cuda_stream=7)
 
 
 class Event:
@@ -19,7 +23,8 @@ class Event:
     def __init__(self):
         self.number = 0
 
-    def record(self):
+    def record(self, stream):
+        assert stream is STREAM
         Event.records += 1
         self.number = Event.records
 
@@ -31,7 +36,7 @@ class Event:
 def ring(monkeypatch):
     monkeypatch.setattr(Event, "done", 0)
     monkeypatch.setattr(Event, "records", 0)
-    return uploads.PinnedRing(torch.zeros(3, 64, dtype=torch.uint8).unbind(), Event)
+    return uploads.PinnedRing(torch.zeros(3, 64, dtype=torch.uint8).unbind(), Event, STREAM)
 
 
 def test_pinned_memory_is_given_out_in_turn_aligned_and_without_overlap(ring):
@@ -69,21 +74,37 @@ def device(monkeypatch):
     monkeypatch.setattr(Event, "records", 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    for name, empty in (("_staging", []), ("_retired", []), ("_keepers", [[]])):
+    for name, empty in (("_staging", []), ("_retired", []), ("_keepers", [[]]), ("_rings", {})):
         monkeypatch.setattr(uploads, name, empty)
+
+
+def test_eager_copies_go_through_one_ring_of_each_stream_and_past_it_when_it_is_full(device, monkeypatch):
+    monkeypatch.setattr(uploads, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    given = [torch.arange(6.0).view(2, 3) + i for i in range(8)]
+    staged = [uploads.staged(values, CUDA) for values in given]
+    ring = uploads._rings[0, 7]._segments[0]
+    inside = [0 <= values.data_ptr() - ring.data_ptr() < 4 * 64 for values in staged]
+    # two of 24 bytes in each of four segments of 64
+    assert inside == [True] * 8
+    assert not 0 <= uploads.staged(given[0], CUDA).data_ptr() - ring.data_ptr() < 4 * 64
+    for values, expected in zip(staged, given, strict=True):
+        assert torch.equal(values, expected)
+    assert uploads.staged(given[0], torch.device("cpu")) is given[0]
 
 
 def test_only_a_cuda_stream_is_asked_whether_it_captures(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert uploads.capturing(torch.device("cuda"))
+    assert uploads.capturing(CUDA)
     assert not uploads.capturing(torch.device("cpu"))
 
 
 def test_memory_of_a_captured_graph_is_never_handed_out_twice(device, monkeypatch):
     monkeypatch.setattr(uploads, "capturing", lambda device: True)
     uploads.reserve(0)
-    first, second = (uploads.staged(torch.arange(numel), torch.device("cuda")) for numel in (5, 9))
+    first, second = (uploads.staged(torch.arange(numel), CUDA) for numel in (5, 9))
     assert (first.tolist(), second.tolist()) == (list(range(5)), list(range(9)))
     assert second.data_ptr() - first.data_ptr() == 48
     assert len(uploads._staging[0]) == uploads.STAGING_BYTES - 48 - 80
@@ -109,7 +130,7 @@ def kept_for(owner):
     """Memory that the graph of ``owner`` reads, and where one can see whether it is still there."""
     with uploads.keeping() as kept:
         uploads.keep(torch.zeros(3))
-    uploads.release_with(owner, kept)
+    uploads.release_with(owner, kept, CUDA)
     return kept
 
 
