@@ -33,6 +33,7 @@ SHARES = {
     "perturb": 0.36,
     "step": 0.18,
     "modes": 0.10,
+    "packages": 0.06,
     "kept_heap": 0.06,
 }
 NOMINAL_MINUTES = 5.0

@@ -46,7 +46,8 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
     for package in ("esam_kernels", "torch", "triton"):
         try:
-            yield package, metadata.version(package)
+            # torch.__version__ names the build too: the metadata of some wheels do not.
+            yield package, torch.__version__ if package == "torch" else metadata.version(package)
         except metadata.PackageNotFoundError:
             yield package, "not installed" if package != "esam_kernels" else "run from its source folder"
     yield "CUDA", torch.version.cuda or "not in this build of torch"

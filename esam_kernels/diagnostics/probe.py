@@ -171,7 +171,9 @@ class Probe:
     @torch.no_grad()
     def losses(self) -> Tensor:
         """The losses of the whole batch, shape (b,)."""
-        return torch.cat(self.each_part(Tensor.detach))
+        losses = torch.cat(self.each_part(Tensor.detach))
+        torch.clear_autocast_cache()  # torch 2.8 reuses the copies of weights that are made without gradients
+        return losses
 
     def loss(self) -> float:
         """The mean loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -188,9 +189,7 @@ class _Hook:
     def __init__(self, recorder: HeadRecorder | None) -> None:
         self._recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
         # Not a decorator: torch.compiler.disable imports torch._dynamo, which takes a second.
-        self._record = (
-            _nothing if recorder is None else torch.compiler.disable(self._call_recorder, reason=_BREAKS_THE_GRAPH)
-        )
+        self._record = _nothing if recorder is None else torch.compiler.disable(self._call_recorder, **_why())
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._record(args[0] if args else kwargs.get("input"), output)
@@ -202,6 +201,12 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None,)
+
+
+def _why() -> dict[str, Any]:
+    """Why torch.compile breaks its graph, for its own message; torch before 2.8 takes no reason."""
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return {"reason": _BREAKS_THE_GRAPH} if takes_reason else {}
 
 
 def _nothing(*_: Any) -> None:

@@ -206,6 +206,7 @@ class Phases:
 
     def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+ of a batch."""
+        torch.clear_autocast_cache()  # torch 2.8 reuses the copies of weights that a look without gradients made
         samples = batch_size(tensors)
         check_losses(loss_before, samples, "loss_before")
         if not self.ranking.looks_again and loss_after is not None:

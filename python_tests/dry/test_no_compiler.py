@@ -105,6 +105,14 @@ def test_the_next_backend_serves_and_one_line_says_why(triton_looks_for_its_driv
     assert line.endswith("backend 'reference' takes its place")
 
 
+@pytest.mark.parametrize("version", ["3.4.0", "2.1.0+git1234"])
+def test_a_triton_that_is_too_old_is_told_and_the_kernels_are_not_imported(monkeypatch, version):
+    monkeypatch.setattr(triton, "__version__", version)
+    for device in (CPU, CUDA):
+        reason = backends.unavailable("triton", device)
+        assert reason == f"Triton {version} is installed, the kernels need 3.6 or newer: a newer torch brings it"
+
+
 ORDERS = [(None, None, "triton"), ("broken", None, "cuda"), ("broken", "not built", "reference")]
 
 

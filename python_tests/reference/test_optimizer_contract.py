@@ -225,6 +225,35 @@ def test_under_autocast_the_later_passes_see_the_perturbed_weights(autocast_arou
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("in_phases", [False, True])
+def test_under_autocast_the_look_without_gradients_leaves_those_of_pass_2(in_phases):
+    """Older versions of torch keep the bfloat16 copies of a forward under no_grad, which have no gradient."""
+    weights = []
+    for around in (False, True):
+        model = oracles.mlp()
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, beta=1.0, gamma=0.5)
+        closure, batch = oracles.losses_of(model), oracles.batch(32)
+
+        def losses(*parts, closure=closure):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return closure(*parts)
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            if in_phases:
+                before = losses(*batch)
+                optimizer.backward(before.mean())
+                optimizer.first_step(zero_grad=True)
+                with torch.no_grad():
+                    after = losses(*batch)
+                losses(*optimizer.select(before, after, *batch)).mean().backward()
+                optimizer.second_step(zero_grad=True)
+            else:
+                optimizer.step(losses, *batch)
+        weights.append(oracles.weights_of(model))
+    assert oracles.same_bits(*weights)
+    assert not oracles.same_bits(weights[0], oracles.weights_of(oracles.mlp()))
+
+
 @pytest.mark.parametrize("finish", ["second_step", "restore"])
 def test_under_autocast_a_forward_after_the_step_sees_the_weights_put_back(finish):
     model = oracles.mlp()

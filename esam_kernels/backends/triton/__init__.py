@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from esam_kernels.backends.triton.select_gather import select as select
     from esam_kernels.backends.triton.update import restore_ as restore_
     from esam_kernels.backends.triton.update import restore_sgd_ as restore_sgd_
+
+# The oldest version that the kernels were compiled with.
+_LEAST_TRITON = (3, 6)
 
 FUSES_UPDATES = True
 direct = None
@@ -61,9 +65,20 @@ def _interpreted() -> bool:
     return bool(blocks.INTERPRETED.value)
 
 
+def _too_old() -> str | None:
+    import triton
+
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= _LEAST_TRITON:
+        return None
+    least = ".".join(map(str, _LEAST_TRITON))
+    return f"Triton {triton.__version__} is installed, the kernels need {least} or newer: a newer torch brings it"
+
+
 def unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    if (old := _too_old()) is not None:
+        return old
     if device.type == "cuda":
         if _interpreted():
             return "TRITON_INTERPRET=1 serves CPU tensors only: unset it"

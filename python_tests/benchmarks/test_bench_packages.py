@@ -1,0 +1,72 @@
+"""The suite that measures installed packages: what is not installed, or fails, costs its own row alone."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks.cases import TINY
+from benchmarks.suites import Context, packages
+from esam_kernels import SAM
+
+CONTEXT = Context(torch.device("cpu"), TINY)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TwoPasses(SAM):
+    """Stands in for an installed optimizer with two passes."""
+
+    def __init__(self, params, base_optimizer, *, foreach, **options):
+        super().__init__(params, base_optimizer, **options)
+
+
+def measured(monkeypatch, found):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: found.get(name))
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return [{row["implementation"]: row for row in case.run(0.0)} for case in packages.cases(CONTEXT)]
+
+
+def test_without_the_packages_the_rest_is_measured(monkeypatch):
+    part, whole = measured(monkeypatch, {})
+    assert part.keys() == {"ours", "foreach", "published", "SGD alone"}
+    assert whole.keys() == {"ours", "SGD alone"}
+    assert not {"failed"} & (part["ours"].keys() | whole["ours"].keys())
+    assert all(row["p50"] > 0.0 for row in (*part.values(), *whole.values()))
+
+
+def test_a_package_that_fails_costs_its_own_row(monkeypatch):
+    def refuses(*_, **__):
+        raise TypeError("another version")
+
+    works = types.SimpleNamespace(SAM=TwoPasses)
+    broken = types.SimpleNamespace(SGD=refuses, SAMWrapper=refuses)
+    for rows in measured(monkeypatch, {"pytorch_optimizer": works, "heavyball": broken}):
+        assert {"ours", "pytorch_optimizer", "pytorch_optimizer, foreach", "SGD alone"} <= rows.keys()
+        assert "HeavyBall" not in rows
+        assert "another version" in rows["ours"]["failed"]["HeavyBall"]
+
+
+@pytest.mark.parametrize("name", ["ours", "published", "foreach"])
+def test_what_is_built_takes_sams_step(name):
+    """With the same gradient in both passes it is SGD's step: the weights are put back in between."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(4, 3), torch.full((4, 3), 0.5)
+    params, expected = [torch.nn.Parameter(start.clone())], [torch.nn.Parameter(start.clone())]
+    expected[0].grad = grad.clone()
+    packages.build("SGD alone", expected, None).step()
+    optimizer = packages.build(name, params, None)
+    params[0].grad = grad.clone()
+    optimizer.first_step(zero_grad=True)
+    assert not torch.equal(params[0], start)
+    params[0].grad = grad.clone()
+    optimizer.second_step(zero_grad=True)
+    torch.testing.assert_close(params, expected, rtol=0.0, atol=1e-6)
