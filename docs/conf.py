@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,8 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!esam_kernels\.).*"), (r"py:.*", r".*\._.
 
 PUBLIC_MODULES = ("esam_kernels", "esam_kernels.diagnostics", "esam_kernels.schedules", "esam_kernels.ops")
 
+LONGEST_TABLE = 15  # rows that a page shows at once; a longer table is folded
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,6 +69,20 @@ def check_public_names(app: Any, env: Any) -> None:
         logger.warning("%s is public and has no entry in the reference", name)
 
 
+def fold_long_tables(app: Any, doctree: nodes.document) -> None:
+    """A table of more than LONGEST_TABLE rows is closed until the reader opens it; its line says what is in it."""
+    for table in list(doctree.findall(nodes.table)):
+        rows = sum(len(body.children) for body in table.findall(nodes.tbody))
+        if rows > LONGEST_TABLE:
+            names = (cell.astext() for head in table.findall(nodes.thead) for cell in head[0])
+            columns = ", ".join(filter(None, names))
+            line = f"Open the table: {rows} rows ({html.escape(columns)})"
+            place = table.parent.index(table)
+            table.parent.insert(place + 1, nodes.raw("", "</details>", format="html"))
+            opening = f'<details class="long-table"><summary>{line}</summary>'
+            table.parent.insert(place, nodes.raw("", opening, format="html"))
+
+
 def visit_math(self: Any, node: Any) -> None:
     """Equations as MathML, which every current browser shows: no script, and nothing fetched from elsewhere."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
@@ -80,6 +97,7 @@ def setup(app: Any) -> None:
     """What Sphinx calls."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("env-check-consistency", check_public_names)
+    app.connect("doctree-read", fold_long_tables)
 
 
 html_math_renderer = "mathml"

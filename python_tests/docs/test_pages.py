@@ -13,7 +13,16 @@ from esam_kernels import ESAM, SAM
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```python *(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["index", "tutorials/first_training", "tutorials/moving", "tutorials/label_noise", "tutorials/fine_tuning"]
+PAGES = [
+    "index",
+    "which_mode",
+    "how_it_works",
+    "faq",
+    "tutorials/first_training",
+    "tutorials/moving",
+    "tutorials/label_noise",
+    "tutorials/fine_tuning",
+]
 
 
 def run(page):

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import html.parser
 import http.server
 import json
 import os
@@ -21,6 +22,8 @@ PAGES = [
     "how_it_works.html",
     "training.html",
     "faq.html",
+    "which_mode.html",
+    "reproduction.html",
     "reference/optimizers.html",
     "performance.html",
 ]
@@ -58,6 +61,36 @@ def test_equations_are_rendered_and_nothing_is_fetched(built):
     for page in built[0].rglob("*.html"):
         fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert fetched == [], page
+
+
+class Tables(html.parser.HTMLParser):
+    """The rows of each table, and whether it stands in a fold."""
+
+    def __init__(self):
+        super().__init__()
+        self.folds, self.found = 0, []
+
+    def handle_starttag(self, tag, attributes):
+        self.folds += tag == "details"
+        if tag == "table" and "docutils" in (dict(attributes).get("class") or ""):
+            self.found.append([0, self.folds > 0])
+        if tag == "tr" and self.found:
+            self.found[-1][0] += 1
+
+    def handle_endtag(self, tag):
+        self.folds -= tag == "details"
+
+
+def test_a_table_of_more_than_15_rows_is_folded(built):
+    folded = 0
+    for page in built[0].glob("*.html"):
+        tables = Tables()
+        tables.feed(page.read_text())
+        assert tables.folds == 0, f"{page.name} leaves a fold open"
+        for rows, is_folded in tables.found:
+            assert is_folded == (rows - 1 > 15), f"{page.name}: a table of {rows - 1} rows"
+            folded += is_folded
+    assert folded >= 5
 
 
 @pytest.fixture(scope="module")
