@@ -1,11 +1,11 @@
-"""The numbers of the README, docs/ascent.md and docs/performance.md come from the rows.
+"""The numbers of the README, docs/ascent.md, docs/performance.md and docs/kernels.md come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
-``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The blocks of
-docs/performance.md are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of
+``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The ``floor``
+blocks of docs/performance.md and docs/kernels.md are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of
 :mod:`benchmarks.agreement`. ``--check`` changes nothing, and fails where a page differs.
 """
 
@@ -22,7 +22,7 @@ from benchmarks import agreement, performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
-PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "performance.md", "ranking.md")))
+PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "kernels.md", "performance.md", "ranking.md")))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""The registers that docs/performance.md names are those of the committed file."""
+"""The registers that docs/kernels.md names are those of the committed file."""
 
 import json
 import re
@@ -22,7 +22,7 @@ NAMES = {
 
 def test_the_page_says_what_the_file_holds():
     found = json.loads((ROOT / "benchmarks" / "cuda_registers.json").read_text())["registers"]
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "kernels.md").read_text()
     table = re.search(r"\| kernel \| registers, sm_80.*?\n\n", page, re.DOTALL).group().splitlines()[2:]
     rows = {cells[1]: cells[2:5] for cells in (re.split(r" *\| *", line) for line in table if line)}
     assert rows.keys() == NAMES.keys()
