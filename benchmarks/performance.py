@@ -1,4 +1,4 @@
-"""What docs/performance.md and docs/kernels.md show beside its counts: the rows of each stage, and how far they are from the floor.
+"""What docs/performance.md and docs/kernels.md show beside their counts: the rows, and how far they are from the floor.
 
 ``<!-- floor:weights -->``, ``<!-- floor:samples -->``, ``<!-- floor:steps -->`` and ``<!-- floor:modes -->``, each up
 to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured. The

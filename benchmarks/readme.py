@@ -5,8 +5,8 @@
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
 ``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The ``floor``
-blocks of docs/performance.md and docs/kernels.md are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of
-:mod:`benchmarks.agreement`. ``--check`` changes nothing, and fails where a page differs.
+blocks are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of :mod:`benchmarks.agreement`.
+``--check`` changes nothing, and fails where a page differs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from benchmarks import agreement, performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
-PAGES = (README, *(results.ROOT / "docs" / name for name in ("ascent.md", "kernels.md", "performance.md", "ranking.md")))
+_WITH_TABLES = ("ascent.md", "kernels.md", "performance.md", "ranking.md")
+PAGES = (README, *(results.ROOT / "docs" / name for name in _WITH_TABLES))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
