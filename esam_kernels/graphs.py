@@ -49,19 +49,25 @@ MAX_GRAPHS = 3 * DRAW_POOL
 
 
 def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batch: Any) -> Callable[..., Any]:
-    """``optimizer.step`` as one CUDA graph a replay.
+    """``optimizer.step`` as one CUDA graph, which runs with one launch.
 
-    The first steps run eagerly, and so does the first one of every new draw, gamma or other setting that a graph holds
-    fast. The next such step is captured, and from then on replayed. Where a tensor that a graph holds has moved
-    (``load_state_dict``, ``model.to``), the step is captured anew. A batch of another shape, dtype or memory format
-    than ``sample_batch`` (a last one) runs eagerly. The weights are, bit for bit, those of the eager steps with the
-    same draws. With mask="tensor" the draws repeat every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps.
+    >>> step = make_graphed_step(optimizer, losses, inputs, targets)
+    >>> for inputs, targets in loader:
+    ...     loss = step(inputs, targets)
+
+    The first steps run eagerly (one operation at a time), and so does the first one of every new draw, gamma or other
+    setting that is fixed in a graph. The next such step is captured (recorded), and from then on replayed. Where a
+    tensor that a graph holds has moved (``load_state_dict``, ``model.to``), the step is captured again. A batch of
+    another shape, dtype or memory format than ``sample_batch``, the last one of an epoch for example, runs eagerly.
+
+    The weights are, bit for bit, those of the eager steps with the same draws. With mask="tensor" the draws repeat
+    every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps. This has not run on a GPU yet.
 
     Args:
         optimizer: over parameters on one CUDA device. On the CPU the step runs eagerly, and one log line says so.
-        closure: what ``optimizer.step`` takes, returning one loss per sample. It must not wait for the device, and runs
-            in Python only when it is captured.
-        sample_batch: a batch of the usual shape, tensors or pytrees of tensors on the parameters' device.
+        closure: what ``optimizer.step`` takes, returning one loss for each sample. It must not wait for the device, and
+            runs in Python only when it is captured.
+        sample_batch: a batch of the usual shape: tensors on the parameters' device, or dicts, lists and tuples of such.
 
     Returns:
         A function with the signature of ``step``: ``step(closure, *batch)``, where the closure may be left out. It

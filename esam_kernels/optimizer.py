@@ -32,7 +32,12 @@ _COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_mode
 class ESAM(Optimizer):
     r"""Efficient Sharpness-aware Minimization (Du et al., ICLR 2022) around any torch optimizer.
 
-    One step on a batch B (Algorithm 1):
+    >>> optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, model=model)
+    >>> for inputs, targets in loader:
+    ...     loss = optimizer.step(losses, inputs, targets)  # losses(inputs, targets) returns one loss for each sample
+
+    One step on a batch B (Algorithm 1). In pass 1 the gradient g at the weights w gives the perturbation e; in pass 2
+    the gradient at w + e, on a part of the batch, goes to the base optimizer:
 
     .. math::
         e &= \frac{\rho}{\beta}\, m \odot \frac{T_w^2 g}{\lVert T_w g \rVert + \epsilon},
@@ -49,11 +54,11 @@ class ESAM(Optimizer):
             (:mod:`esam_kernels.perturbation.ascent`).
         beta: share of the weights that are perturbed, in (0, 1].
         gamma: share of the batch that the second pass uses, in (0, 1].
-        ranking: how B+ is ranked. "rise", the paper's: a forward at w + e measures how much each loss rises.
-            "first_order": the first-order term of that rise (appendix A.2) over the weights of the head, from what
-            pass 1 has computed anyway, so that this forward is saved. "random": B+ is drawn, unbiased. Or a function of
-            yours, which is called with a :class:`esam_kernels.RankingContext` and returns a score for each sample,
-            shape (b,): those with the largest are taken. See :mod:`esam_kernels.ranking`.
+        ranking: how the samples of B+ are chosen. "rise", the paper's: a forward at w + e measures how much each loss
+            rises. "first_order": an estimate of that rise (appendix A.2) from what pass 1 has computed in the head, so
+            that this forward is saved. "random": B+ is drawn, each one equally likely. Or a function of yours, which is
+            called with a :class:`esam_kernels.RankingContext` and returns a score for each sample, shape (b,): those
+            with the largest are taken. See :mod:`esam_kernels.ranking`.
         head: the network's last linear layer, for ranking="first_order"; None: the last ``nn.Linear`` of ``model``.
         adaptive: T_w = \|w\| + eta instead of 1 (ASAM, Kwon et al., 2021).
         eta: see ``adaptive``.
@@ -61,18 +66,19 @@ class ESAM(Optimizer):
             (appendix A.4); "element" draws single weights (Eq. 5).
         radius: with mask="tensor", "paper" scales so that E[e] is SAM's perturbation, "released" so that
             \|\|e\|\| = rho / beta, as the authors' code does.
-        eps: keeps the division finite. Not the base optimizer's: one that needs another eps is given as an instance.
-        ascent: what e goes along. "current", the gradient of this batch, is the paper's algorithm, with two passes a
-            step. "previous", the gradient of the step before, and "momentum", against the base optimizer's, take one:
-            there is no second look to select data with, so that gamma must be 1, and the first step, which has no
-            history, is the base optimizer's. See :mod:`esam_kernels.perturbation.ascent`.
+        eps: keeps the division finite. It is ESAM's own: to set the base optimizer's eps, pass an instance.
+        ascent: where the direction of e comes from. "current", the gradient of this batch, is the paper's algorithm,
+            with two passes a step. "previous" takes the gradient of the step before, and "momentum" goes against the
+            base optimizer's momentum: one pass a step. They do not measure how losses rise, so gamma must be 1. Their
+            first step has no history and is the base optimizer's. See :mod:`esam_kernels.perturbation.ascent`.
         seed: of the draws. The same seed draws the same on every device and backend.
-        model: given, its BatchNorm statistics move in the first forward of a step only. One that is wrapped in
-            DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as it is trained (see
-            :mod:`esam_kernels.distributed`).
+        model: the model that is trained. If it is given, its BatchNorm statistics move in the first forward of a step
+            only. A model that is wrapped in DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as
+            it is trained (see :mod:`esam_kernels.distributed`).
         sync_perturbation: with DistributedDataParallel, average the first gradients over the ranks, so that all use one
             perturbation; by default each perturbs for its own batch. With ``fully_shard`` it is one always.
-        backend: "reference", "native", "triton" or "cuda"; None: the fastest that the device has.
+        backend: the code of the operators: "reference" (plain PyTorch), "native" (C++ on the CPU), "triton" or "cuda".
+            None: the fastest that the device has.
         flatten: move the parameters into flat buffers; None: where they are plain dense tensors on one device.
         base_kwargs: what ``base_optimizer`` takes beside the parameters.
 
@@ -201,6 +207,9 @@ class ESAM(Optimizer):
     def relative_cost(self) -> float:
         """The counted cost of the next ``step`` on a batch, in units of the base optimizer's step.
 
+        >>> print(f"{optimizer.relative_cost:.2f}")  # at beta = 0.6 and gamma = 0.5
+        1.70
+
         Passes over the model are counted: a forward is 1, a backward 2 (1 for the gradients of the inputs of each
         layer, 1 for those of the weights), so that the base optimizer's step is 3. ESAM at beta = 0.6 and gamma = 0.5
         makes 3 + beta + 3 gamma = 5.1 of them: 1.7.
@@ -234,7 +243,10 @@ class ESAM(Optimizer):
         return getattr(self.base_optimizer, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As for any torch optimizer. Gradients set to 0 are none that ``step(closure)`` would take for new."""
+        """Drop the gradients, or set them to 0, as any torch optimizer does.
+
+        ``step(closure)`` takes gradients of 0 that this has set for old ones, not for those of a first pass.
+        """
         self._follow()
         with hooks.label(self, "zero_grad"):
             if set_to_none:
@@ -267,6 +279,8 @@ class ESAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer, as for any torch optimizer.
+
+        >>> optimizer.add_param_group({"params": new_layer.parameters(), "rho": 0.0})  # trained, not perturbed
 
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``.
@@ -329,7 +343,10 @@ class ESAM(Optimizer):
     # -- the phases ----------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Pass 1: the gradients of ``loss``, of the parameters that SWP drew for this step and of no others.
+        """Pass 1: the gradients of ``loss``, of the parameters that are drawn for this step and of no others.
+
+        >>> loss_before = losses(inputs, targets)
+        >>> optimizer.backward(loss_before.mean())
 
         Parameters in groups with rho = 0 take no part in the perturbation: theirs are not computed either. With
         ``fully_shard`` the gradients of all are computed, and only the perturbation leaves the others out.
@@ -348,6 +365,8 @@ class ESAM(Optimizer):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """w -> w + e, from the gradients in ``.grad``. Freezes the BatchNorm statistics of ``model``.
+
+        >>> optimizer.first_step(zero_grad=True)
 
         If the gradient's norm is zero or not finite, e = 0; that is decided on the device. With ascent="previous" or
         "momentum" this comes before the only forward, and freezes nothing.
@@ -374,13 +393,18 @@ class ESAM(Optimizer):
     def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+: the gamma share of the batch whose losses rise most (Eq. 6). With gamma = 1 the batch itself.
 
+        >>> with torch.no_grad():
+        ...     loss_after = losses(inputs, targets)
+        >>> chosen = optimizer.select(loss_before, loss_after, inputs, targets)
+
         Args:
-            loss_before: losses per sample at w, shape (b,).
-            loss_after: losses per sample at w + e, shape (b,); None with a ranking other than "rise".
-            tensors: the batch, tensors or pytrees of tensors with the samples in front.
+            loss_before: the loss of each sample at w, floating point, shape (b,).
+            loss_after: the loss of each sample at w + e, shape (b,); None with a ranking other than "rise".
+            tensors: the batch: tensors whose first dimension counts the samples, or dicts, lists and tuples of such.
 
         Returns:
-            The selected samples of ``tensors``, as :func:`esam_kernels.gather` returns them.
+            The selected samples of ``tensors``, k = max(1, round(gamma b)) of each, as :func:`esam_kernels.gather`
+            returns them.
 
         Raises:
             ValueError: losses that are not one number a sample, or sizes that differ.
@@ -431,6 +455,9 @@ class ESAM(Optimizer):
     @hooks.around_step
     def second_step(self, zero_grad: bool = False) -> None:
         """w + e -> w, then the base optimizer's update with the gradients in ``.grad``.
+
+        >>> losses(*chosen).mean().backward()
+        >>> optimizer.second_step(zero_grad=True)
 
         Args:
             zero_grad: drop the gradients afterwards (set them to None).
@@ -499,18 +526,21 @@ class ESAM(Optimizer):
     ) -> Any:
         """One whole step.
 
-        ``step(losses, *batch)`` is Algorithm 1: ``losses(*batch)`` returns one loss per sample, shape (b,), and is
+        >>> loss = optimizer.step(losses, inputs, targets)
+
+        **step(losses, *batch)** is Algorithm 1. ``losses(*batch)`` returns one loss for each sample, shape (b,). It is
         called on the batch, again on it under ``no_grad`` with the weights perturbed (unless gamma = 1), and on B+.
         It may return a tuple, (losses, anything else). Gradients that are there before are dropped; those of the last
-        pass stay in ``.grad``, except with ascent="previous", which keeps them for the next step: ``.grad`` is None
-        then, unless somebody else holds the gradient.
+        pass stay in ``.grad``. The exception is ascent="previous", which keeps them for the next step: ``.grad`` is
+        None then, unless something else holds the gradient.
 
-        ``step(closure)`` takes a closure that computes loss and gradients, as torch's optimizers do, and calls it
-        before and after the perturbation. Where new gradients are there already (the convention of the common two-step
-        SAM class), it is called after it only, unless it sets the gradients to zero itself. ``first_gradients`` says
-        which of the two is meant. Losses per sample are not seen, so gamma has no part in it.
+        **step(closure)** takes a function without arguments that computes loss and gradients, as torch's optimizers do,
+        and calls it before and after the perturbation. If new gradients are there already (the convention of the common
+        two-step SAM class), it is called after it only, unless it sets the gradients to zero itself.
+        ``first_gradients`` says which of the two is meant. The losses of single samples are not seen, so gamma has no
+        part in it.
 
-        ``step()`` after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
+        **step()** after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
         ``GradScaler.step(optimizer)`` does, which restores the weights where it skips the update. A closure, if one is
         given, is called first. ``step()`` where the learning rate of every group is 0 is the base optimizer's alone: so
         does torch.distributed.checkpoint create its state.
@@ -519,7 +549,7 @@ class ESAM(Optimizer):
 
         Args:
             closure: see above.
-            batch: tensors or pytrees of tensors with the samples in front.
+            batch: tensors whose first dimension counts the samples, or dicts, lists and tuples of such.
             micro_batch: at most so many samples at a time, each part with its own perturbation and its own B+
                 (m-sharpness); the gradients of the second passes add up to that of the mean over all B+.
             max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does.
@@ -552,6 +582,12 @@ class ESAM(Optimizer):
 
 class SAM(ESAM):
     """Sharpness-Aware Minimization (Foret et al., 2021): ESAM with beta = gamma = 1.
+
+    >>> optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, model=model)
+    >>> losses(inputs, targets).mean().backward()
+    >>> optimizer.first_step(zero_grad=True)
+    >>> losses(inputs, targets).mean().backward()
+    >>> optimizer.second_step(zero_grad=True)
 
     Takes the place of the common two-step SAM class: the same constructor, ``first_step``, ``second_step`` and
     ``step(closure)``.

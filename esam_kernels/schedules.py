@@ -1,4 +1,9 @@
-"""Schedulers for rho, beta and gamma, in the shape of ``torch.optim.lr_scheduler``.
+"""Schedulers for rho, beta and gamma. They are used as those of ``torch.optim.lr_scheduler`` are.
+
+>>> gamma = LinearSchedule(optimizer, "gamma", start=1.0, end=0.5, total_iters=100)
+>>> for inputs, targets in loader:
+...     loss = optimizer.step(losses, inputs, targets)
+...     gamma.step()
 
 Each sets its value when it is built and at every ``step()``, and has ``state_dict`` and ``load_state_dict``. Call
 ``step()`` where the learning rate's scheduler is called: after the optimizer's step, once a batch or once an epoch.
@@ -90,6 +95,8 @@ class Schedule:
 class ConstantSchedule(Schedule):
     """``value`` for ``total_iters`` steps, then ``end``: a hard switch (gamma = 1 at first, say).
 
+    >>> schedule = ConstantSchedule(optimizer, "gamma", 1.0, end=0.5, total_iters=100)
+
     Args:
         value: at first.
         end: afterwards; None keeps ``value`` for good.
@@ -113,8 +120,9 @@ class ConstantSchedule(Schedule):
 class LinearSchedule(Schedule):
     """From ``start`` to ``end`` in a straight line over ``total_iters`` steps, ``end`` from then on.
 
-    ``LinearSchedule(optimizer, "gamma", 1.0, 0.5, total_iters=steps // 2)`` is the warm-up that data selection needs
-    under label noise: it starts with the whole batch.
+    Where labels may be wrong, start with the whole batch, and shrink it over the first half of the training:
+
+    >>> schedule = LinearSchedule(optimizer, "gamma", 1.0, 0.5, total_iters=steps // 2)
 
     Args:
         start: at the beginning.
@@ -140,7 +148,10 @@ class LinearSchedule(Schedule):
 
 
 class CosineSchedule(LinearSchedule):
-    """As :class:`LinearSchedule`, along half a cosine: slow at both ends."""
+    """As :class:`LinearSchedule`, along half a cosine: slow at both ends.
+
+    >>> schedule = CosineSchedule(optimizer, "rho", 0.1, 0.02, total_iters=steps)
+    """
 
     def _share_of_change(self) -> float:
         return (1.0 - math.cos(math.pi * super()._share_of_change())) / 2.0
@@ -181,7 +192,14 @@ class PhaseSchedule(Schedule):
 class RhoProportionalToLR(Schedule):
     """rho = rho_0 lr / lr_0 in each group: the radius follows the learning rate, whatever schedules that.
 
+    >>> rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    >>> radius = RhoProportionalToLR(optimizer)
+
     rho_0 and lr_0 are the group's values when this is built. Call ``step()`` after the learning rate's scheduler.
+
+    Raises:
+        TypeError: ``optimizer`` is no ESAM or SAM.
+        ValueError: a learning rate that starts at 0.
     """
 
     def __init__(self, optimizer: ESAM) -> None:

@@ -27,6 +27,10 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of each sample, as ``torch.nn.functional.cross_entropy(..., reduction="none")`` defines it.
 
+    >>> losses = cross_entropy(torch.randn(4, 10), torch.tensor([1, 0, 9, 3]))
+    >>> losses.shape
+    torch.Size([4])
+
     .. math:: \ell_i = -\sum_c q_{ic} \log \mathrm{softmax}(x_i)_c, \qquad q = (1 - \epsilon)\, p + \epsilon / C
 
     Args:
@@ -189,9 +193,12 @@ def num_selected(gamma: float, samples: int) -> int:
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     """The k samples whose loss rises most under the perturbation: B+ of Eq. 6.
 
+    >>> select(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.1, 1.5, 1.0, 1.3]), k=2)
+    tensor([1, 3])
+
     Args:
-        loss_before: l(f_w, x_i, y_i), floating point, shape (b,).
-        loss_after: l(f_{w+e}, x_i, y_i), floating point, shape (b,).
+        loss_before: the loss of each sample at w, floating point, shape (b,).
+        loss_after: the loss of each sample at w + e, floating point, shape (b,).
         k: how many, 1 to b.
 
     Returns:
@@ -214,10 +221,15 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
 def gather(indices: Tensor, *tensors: Any) -> Any:
     """The samples ``indices`` of each of ``tensors``.
 
+    >>> images, labels = torch.randn(4, 3, 8, 8), torch.tensor([5, 6, 7, 8])
+    >>> images, labels = gather(torch.tensor([1, 3]), images, labels)
+    >>> labels
+    tensor([6, 8])
+
     Args:
         indices: int64, shape (k,).
-        tensors: tensors with the batch in front, or pytrees (dicts, lists, tuples) of such, of any dtype. Numbers,
-            strings and None inside them stay as they are.
+        tensors: tensors of any dtype whose first dimension counts the samples, or dicts, lists and tuples of such.
+            Numbers, strings and None inside them stay as they are.
 
     Returns:
         As many as were given, as a tuple; one is returned as it is, not in a tuple. Memory formats are kept

@@ -45,6 +45,9 @@ def top_hessian_eigenvalue(
 ) -> TopEigenvalue:
     r"""The eigenvalue of largest magnitude of the Hessian of the mean loss, by power iteration.
 
+    >>> top = top_hessian_eigenvalue(model, losses, inputs, targets)
+    >>> curvature = top.eigenvalue if top.converged else None
+
     .. math:: v \leftarrow \frac{H v}{\lVert H v \rVert}, \qquad \lambda = v^\top H v, \qquad H = \nabla^2 L_B(w)
 
     The sign is kept: away from a minimum it may be negative. Two eigenvalues of nearly the same magnitude and opposite

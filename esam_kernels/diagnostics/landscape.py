@@ -80,6 +80,10 @@ def loss_landscape(
 ) -> LossLandscape:
     r"""The mean loss on a grid around the weights, over two directions x and y.
 
+    >>> landscape = loss_landscape(model, losses, inputs, targets, points=5)
+    >>> landscape.losses.shape
+    torch.Size([5, 5])
+
     .. math:: L_B(w + \alpha x + \beta y), \qquad \alpha, \beta \in [-\text{extent}, \text{extent}]
 
     Args:

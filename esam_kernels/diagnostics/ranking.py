@@ -37,6 +37,9 @@ def ranking_agreement(
 ) -> RankingAgreement:
     """Compare a ranking with the rise of the losses under the perturbation that the optimizer's next step would take.
 
+    >>> agreement = ranking_agreement(optimizer, losses, inputs, targets)
+    >>> share = agreement.shared  # of B+ that the ranking names too; agreement.chance is that of a random ranking
+
     Takes two forwards and one backward. Neither the model nor the optimizer is changed.
 
     Args:

@@ -53,6 +53,9 @@ def split_losses(
 ) -> SplitLosses:
     """The mean losses of B+, the gamma share of the batch whose losses rise most, and of B-, the rest (Figure 5).
 
+    >>> four = split_losses(model, losses, inputs, targets, gamma=0.5)
+    >>> before, after = four.selected, four.selected_perturbed
+
     Args:
         model, closure, batch, micro_batch: as for :func:`esam_kernels.diagnostics.sharpness`.
         rho, beta, mask, adaptive: of the perturbation e, as for :class:`esam_kernels.ESAM`.
@@ -86,6 +89,9 @@ def gradient_cosine(
     micro_batch: int | None = None,
 ) -> GradientCosine:
     """How well the gradients of B+, of B- and of a random part of the batch point along that of the whole (Figure 6).
+
+    >>> cosines = gradient_cosine(model, losses, inputs, targets, gamma=0.5)
+    >>> ours, by_chance = cosines.selected, cosines.random
 
     Each part goes through the closure as a batch of its own, as ESAM's second pass does with B+.
 

@@ -52,6 +52,9 @@ def sharpness(
 ) -> Sharpness:
     r"""The rise of the loss under SAM's perturbation, a lower bound of the sharpness R_B(w).
 
+    >>> measured = sharpness(model, losses, inputs, targets, rho=0.05)
+    >>> rise = measured.sharpness  # measured.perturbed_loss - measured.loss
+
     .. math:: R_B(w) = \max_{\lVert e / T \rVert \le \rho} L_B(w + e) - L_B(w), \qquad
               e_1 = \rho\, \frac{T^2 g}{\lVert T g \rVert + \epsilon}
 
@@ -60,8 +63,8 @@ def sharpness(
 
     Args:
         model: in the mode (training or evaluation) in which it is to be measured; left as it was.
-        closure: ``closure(*batch)`` returns one loss per sample, shape (b,).
-        batch: tensors or pytrees of tensors with the samples in front.
+        closure: ``closure(*batch)`` returns one loss for each sample, shape (b,).
+        batch: tensors whose first dimension counts the samples, or dicts, lists and tuples of such.
         rho: radius, >= 0.
         adaptive: the radius is relative to each weight's size (ASAM).
         ascent_steps: 1 is the paper's (Eq. 4); more take one forward and backward each.
@@ -115,6 +118,9 @@ def linearity(
     micro_batch: int | None = None,
 ) -> list[Linearity]:
     r"""How far the loss is from its first-order approximation under Stochastic Weight Perturbation (Figure 7).
+
+    >>> for row in linearity(model, losses, inputs, targets, betas=(1.0, 0.5)):
+    ...     zeta = row.linearity
 
     .. math:: \zeta(e, B) = \lvert L_B(w + e) - L_B(w) - e^\top \nabla L_B(w) \rvert
 

@@ -24,7 +24,12 @@ class Head:
 
 @dataclass(frozen=True)
 class RankingContext:
-    """What is known of a batch when its B+ is chosen: what a ``ranking`` of your own is called with."""
+    """What is known of a batch when its B+ is chosen: what a ``ranking`` of your own is called with.
+
+    >>> def hard_but_not_hopeless(context):
+    ...     return torch.where(context.losses < 3.0, context.losses, -1.0)  # a score for each sample, shape (b,)
+    >>> optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, ranking=hard_but_not_hopeless, model=model)
+    """
 
     losses: Tensor
     """The loss of each sample at w, shape (b,), detached."""

@@ -18,6 +18,9 @@ SMALL_BUFFER = 64 * 1024
 def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm layers of ``model`` in training mode normalise by the batch, but keep their running statistics.
 
+    >>> with frozen_batch_norm(model):
+    ...     outputs = model(inputs)
+
     ``running_mean``, ``running_var`` and ``num_batches_tracked`` stay as they are, bit for bit. Uses may be nested, and
     an exception leaves everything as it was.
     """
@@ -151,13 +154,13 @@ def _set_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
 class RandomState:
     """The state of torch's random generators at one moment, to be replayed: the same dropout in two forwards.
 
-    >>> noise = RandomState(devices)
+    >>> noise = RandomState()
     >>> first = model(inputs)
     >>> with noise.replay():
     ...     second = model(inputs)      # the same dropout masks as in the first
 
     Args:
-        devices: CUDA devices whose generators count, beside the CPU's.
+        devices: CUDA devices whose generators count, as ``torch.device``, beside the CPU's, which always counts.
     """
 
     @classmethod
