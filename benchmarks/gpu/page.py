@@ -29,9 +29,17 @@ HEAD = """# On a GPU
 
 <!-- Written by `python -m benchmarks.gpu.page` from the results of `make gpu`. -->
 
+What of this package has run on a GPU? This page says it, part by part, as the results have it. To run everything on a
+machine with a CUDA device:
+
+    make gpu
+
+"Compiled, not run" means: the compiler has made machine code of it, tests without a GPU have passed, but no GPU has
+executed it.
+
 """
 WITHOUT_A_CARD = """
-The tiers that need no card, and what each of them leaves open:
+These groups of tests (tiers) need no card. Each of them leaves something open:
 
 | tier | what it runs | what it cannot show |
 | --- | --- | --- |
@@ -55,14 +63,15 @@ HOW = """
 | --- | ---: | --- |
 {stages}
 
-A stage may take its seconds and those that earlier stages have left over; one that was named alone, eight minutes. A
-call without a name ends within nine minutes, and the next call goes on. Nothing needs the network.
-
-Results are written as they come, to `benchmarks/results/<device>/` and, where the variable `OUT` is set, also to that
-folder: `stages.jsonl` (how each stage ended), one `.log` a stage, `.jsonl` and JUnit `.xml` of its tests, `.jsonl` of
-the cases that are measured, and the rows. A stage that is stopped loses the test or the case that it was at. Tests
-run in several processes: one that dies, hangs or meets an error of CUDA after which nothing works is replaced, and
-costs one test. Where there is no `.git`, `ESAM_COMMIT` says which commit it is. A later commit begins anew.
+- **Time.** A stage may take its seconds and those that earlier stages have left over; one that was named alone, eight
+  minutes. A call without a name ends within nine minutes, and the next call goes on. Nothing needs the network.
+- **Results** are written as they come, to `benchmarks/results/<device>/` and, if the variable `OUT` is set, also to
+  that folder: `stages.jsonl` (how each stage ended), one `.log` for each stage, `.jsonl` and JUnit `.xml` of its tests,
+  `.jsonl` of the cases that are measured, and the rows.
+- **If something breaks.** A stage that is stopped loses the test or the case that it was at. Tests run in several
+  processes: one that dies, hangs or meets an error of CUDA after which nothing works is replaced, and costs one test.
+- **Commits.** Where there is no `.git`, set `ESAM_COMMIT` to the commit. A later commit starts again from the first
+  stage.
 """
 STAGE_TEXT = {
     "build": "the CUDA extension is compiled",
@@ -157,7 +166,7 @@ def _compilations(results: Path) -> str:
     return f"""
 ## What the stage `kernels` compiles
 
-Triton compiles a kernel anew for each combination of dtypes, constants and alignments. The tests of the stage `kernels`
+Triton compiles a kernel once for each combination of dtypes, constants and alignments. The tests of the stage `kernels`
 ask for {row["compilations"]} compilations, counted in the dry tier (`python python_tests/dry/compilations.py`; Triton
 {row["triton"]}, commit {row["commit"]}, {row["date"]}). They are spread over the processes that run the tests.
 

@@ -51,8 +51,9 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_claim_is_a_line_with_its_conditions_and_smoke_is_not_shown(folder):
     text = report.rendered(folder / "rows", folder / "docs" / "page.md")
-    assert "| the answer | 42 (Table 0) | 42.0 | yes | paper | digits | 1 | a GPU | abc |\n" in text
-    assert "| the answer | 42 (Table 0) | 41.5 | **no** | small | digits | 2 | a CPU | abc |\n" in text
+    assert "| the answer | 42 (Table 0) | 42.0 | yes | paper; digits; 1 seed; a GPU; abc |\n" in text
+    assert "| the answer | 42 (Table 0) | 41.5 | **no** | small; digits; 2 seeds; a CPU; abc |\n" in text
+    assert "| Answer: a title | 1 | 1 | 0 | 0 |\n" in text
     assert text.index("a GPU") < text.index("a CPU")
     assert "7.0" not in text
     assert "(../rows/cpu/answer_small.png)" in text
@@ -68,7 +69,16 @@ def test_rows_of_a_smaller_scale_do_not_measure_that_of_the_paper(folder):
 
 def test_what_has_no_rows_is_not_measured(folder):
     text = report.rendered(folder / "nothing", folder / "page.md")
-    assert "| the answer | 42 (Table 0) | not measured |  |  |  |  |  |  |" in text
+    assert "| the answer | 42 (Table 0) | not measured |  |  |" in text
+    assert "| Answer: a title | 0 | 0 | 0 | 1 |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("figure3", "Figure 3"), ("table4-5", "Tables 4 and 5"), ("label-noise", "Label noise")]
+)
+def test_an_experiment_is_called_what_the_paper_calls_it(name, words):
+    experiment = Experiment(name, "a title", "What the paper says.", list, answer, lambda rows, path: None)
+    assert report.name_of(experiment) == words
 
 
 # -- tables 4 and 5 ----------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     name="table4-5",
-    title="overhead saved by SWP on deep MLPs, Tables 4 and 5",
+    title="overhead saved by SWP on deep MLPs",
     paper=(
         "Two MLPs with layers of 3,000 x 3,000: in the first (K = 1, Table 4) a layer has one weight; in the second "
         "(K > 1, Table 5) several, connected across layers. g(N, beta) is the share of the overhead over the base "
