@@ -70,8 +70,9 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
         sample_batch: a batch of the usual shape: tensors on the parameters' device, or dicts, lists and tuples of such.
 
     Returns:
-        A function with the signature of ``step``: ``step(closure, *batch)``, where the closure may be left out. It
-        returns what ``optimizer.step`` does: the mean loss at w, and what else the closure returned.
+        A function that is called with a batch, ``step(*batch)``, or as ``optimizer.step`` is,
+        ``step(closure, *batch)``. It returns what ``optimizer.step`` returns. This is the mean loss at w, and what else
+        the closure returned.
 
     Raises:
         TypeError: not an ESAM or SAM, or a closure that cannot be called.

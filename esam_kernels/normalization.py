@@ -32,9 +32,10 @@ def normalization_groups(
             LayerNorm, GroupNorm and RMSNorm, with their subclasses: RMSNorm layers of another library, for one.
 
     Returns:
-        Two groups, in the form that every torch optimizer takes: the normalization layers' own parameters with this
-        ``rho``, and all others with ``rho=0`` (none, if there are no others). Each parameter is in one group, once, in
-        the order of ``model.parameters()``; one that a normalization layer shares with another layer is in the first.
+        Two groups, in the form that every torch optimizer takes. The first holds the normalization layers' own
+        parameters, with this ``rho``, the second all others, with ``rho=0`` (left out if there are no others).
+        Each parameter is in one group, once, in the order of ``model.parameters()``; one that a normalization layer
+        shares with another layer is in the first.
 
     Raises:
         ValueError: a rho out of range, or a model whose normalization layers have no parameters.

@@ -255,7 +255,7 @@ def _select_gather(
 ) -> tuple[Tensor, list[Tensor]]:
     """The k samples whose loss rises most, and these rows of each tensor: ``select`` and ``gather`` in one call.
 
-    The looks are losses (b,), or beside a ``target`` logits (b, C).
+    ``before`` are losses, shape (b,). ``after`` are losses too, or with a ``target`` the logits (b, C) at w + e.
     """
     _check_looks(before, after, target, k, ignore_index)
     _check_rows(tensors)

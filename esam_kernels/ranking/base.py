@@ -19,7 +19,7 @@ class Head:
     """The gradient of the mean loss with respect to its output, shape (b, ..., C). A GradScaler's factor is in it."""
     has_bias: bool = True
     transform: tuple[Tensor | None, Tensor | None] = (None, None)
-    """T_w^2 of its weight, and of its bias, where their group is ``adaptive``; None: 1."""
+    """T_w^2 of its weight, and of its bias, where their group is ``adaptive``; None stands for 1."""
 
 
 @dataclass(frozen=True)
