@@ -1,9 +1,9 @@
-"""Training on many processes: what DistributedDataParallel and FSDP2 (``fully_shard``) ask of the phases of a step.
+"""Training on many processes, with DistributedDataParallel or FSDP2 (``fully_shard``): what a step does differently.
 
-All that knows of process groups and DTensors is here. The first pass of DistributedDataParallel is not synchronised, so
-that each rank perturbs for its own batch. Under FSDP2 the parameters are DTensors: each rank perturbs and restores its
-own shard in place, and only the norm needs the others. ``norm_partials``, ``perturb_`` and ``restore_`` are then the
-operators of :mod:`esam_kernels.ops`, with the same arguments, for lists that hold DTensors.
+With DistributedDataParallel the first pass is not synchronised: each rank (process) perturbs for its own batch. With
+FSDP2 the parameters are DTensors: each rank perturbs and restores its own shard in place, and only the norm needs the
+others. ``norm_partials``, ``perturb_`` and ``restore_`` are then the operators of :mod:`esam_kernels.ops`, with the
+same arguments, for lists that hold DTensors. All that knows of process groups and DTensors is here.
 """
 
 from __future__ import annotations

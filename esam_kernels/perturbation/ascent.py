@@ -1,8 +1,8 @@
 """Where the direction of the perturbation comes from: this batch's gradient, the last one's, or the momentum.
 
-"current" is the paper's algorithm, with two passes a step. The other two perturb before the only pass, along what is in
-memory already: the gradient of the step before, or against the base optimizer's momentum, which is where its next
-update would go.
+"current" is the paper's algorithm, with two passes a step. "previous" and "momentum" perturb before the only pass, from
+what is in memory already: along the gradient of the step before, or against the base optimizer's momentum, which is
+where its next update would go.
 """
 
 from __future__ import annotations
