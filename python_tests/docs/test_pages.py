@@ -48,6 +48,14 @@ def test_the_code_of_a_page_runs_and_trains(page):
     assert found["optimizer"].state_dict()["esam"]["step"] > 0
 
 
+@pytest.mark.parametrize("page", ["which_mode", "faq"])
+def test_a_print_shows_what_the_comment_behind_it_says(page, capsys):
+    run(page)
+    said = re.findall(r"^ *print\(.*\)  # (.+)$", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == said
+    assert said
+
+
 def test_the_first_training_learns():
     pytest.importorskip("sklearn")
     found = run("tutorials/first_training")

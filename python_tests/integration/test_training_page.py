@@ -56,6 +56,15 @@ def test_snippet_runs(name, code, tmp_path, monkeypatch):
         assert any(not (param == old).all() for param, old in zip(model.parameters(), before)), "nothing was trained"
 
 
+def test_the_cost_before_and_after_a_phase_is_what_the_comment_says(capsys):
+    (code,) = [code for _, code in RUNNABLE if "relative_cost" in code]
+    (said,) = re.findall(r"print\(.*relative_cost.*\)  # ([\d.]+), then ([\d.]+)$", code, re.MULTILINE)
+    namespace: dict = {}
+    execute(SETUP["training"], "training", namespace)
+    execute(code, "training", namespace)
+    assert tuple(dict.fromkeys(capsys.readouterr().out.split())) == said
+
+
 @pytest.mark.parametrize("name", [name for name, mark, _ in SNIPPETS if mark == "no-run"])
 def test_snippet_that_is_not_run_is_python(name):
     ast.parse(next(code for other, _, code in SNIPPETS if other == name))
