@@ -36,6 +36,6 @@ def test_the_page_says_what_the_file_holds():
 
 def test_the_page_says_what_a_launch_copies():
     found = json.loads((ROOT / "benchmarks" / "cuda_registers.json").read_text())["argument_bytes"]
-    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
     few, most = (found[f"update: stream<RestoreSgd<float, true, false>, {capacity}>"] for capacity in (64, 448))
     assert f"SGD with momentum copies {few:,} bytes, where the largest table takes {most:,}" in page
