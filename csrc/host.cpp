@@ -135,6 +135,7 @@ bool are_same(const py::list& one, const py::list& other) {
 
 // How many hold tensors[i] in Python, and how many its memory; the list is one of the former.
 py::tuple holders(const py::list& tensors, Py_ssize_t i) {
+  if (i < 0 || i >= PyList_GET_SIZE(tensors.ptr())) throw py::index_error("no such tensor in the list");
   const at::Tensor& tensor = expect_tensor(tensors, i);
   return py::make_tuple(Py_REFCNT(PyList_GET_ITEM(tensors.ptr(), i)), tensor.storage().use_count());
 }

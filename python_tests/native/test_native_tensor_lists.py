@@ -88,3 +88,9 @@ class Marked(torch.Tensor):
 def test_only_what_the_dispatcher_would_not_change_is_plain(argument, expected):
     for function in (native.extension.are_plain, tensor_lists._are_plain):
         assert function((1, argument, [2.0])) is expected
+
+
+def test_a_number_beyond_the_list_is_refused():
+    for i in (-1, 1, 1 << 40):
+        with pytest.raises(IndexError, match="no such tensor"):
+            native.extension.holders([torch.ones(2)], i)
