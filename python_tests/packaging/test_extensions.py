@@ -57,7 +57,7 @@ def test_one_line_says_that_an_extension_is_of_no_use(monkeypatch, caplog, prese
         backends, "unavailable", lambda name, device: None if name == "reference" else "for another torch"
     )
     with caplog.at_level(logging.DEBUG, "esam_kernels"):
-        assert backends._choose("", torch.device("cpu")) is backends.load("reference")
+        assert backends._choose(backends._DEFAULT, torch.device("cpu")) is backends.load("reference")
     (line,) = [record for record in caplog.records if "not available" in record.getMessage()]
     assert line.levelno == level
     assert "for another torch" in line.getMessage()
