@@ -77,16 +77,28 @@ def _study_table(path: Path) -> str:
     noises = sorted({noise for _, noise in cells}, reverse=True)
     optimizers = dict.fromkeys(optimizer for optimizer, _ in cells)
     lines = [
-        "| test accuracy, % | " + " | ".join(f"{noise:.0%} flipped labels" for noise in noises) + " |",
+        "| test accuracy, % | " + " | ".join(_wrong_labels(noise) for noise in noises) + " |",
         "|---" * (1 + len(noises)) + "|",
     ]
     for optimizer in optimizers:
         found = [cells.get((optimizer, noise)) for noise in noises]
-        texts = ["" if cell is None else f"{cell['mean']:.1f} +- {cell['std']:.1f}" for cell in found]
-        lines.append(f"| {optimizer} | " + " | ".join(texts) + " |")
+        texts = ["" if cell is None else f"{cell['mean']:.1f} ± {cell['std']:.1f}" for cell in found]
+        lines.append(f"| {_shown(optimizer)} | " + " | ".join(texts) + " |")
     environment, seeds = study["environment"], study["rows"][0]["seeds"]
-    lines.append(f"\n{seeds} seeds; torch {environment['torch']}, commit {environment['commit'][:10]}.")
+    conditions = f"torch {environment['torch']}, commit {environment['commit'][:10]}"
+    lines.append(f"\n{seeds} seeds, ± their standard deviation; {conditions}.")
     return "\n".join(lines)
+
+
+def _wrong_labels(share: float) -> str:
+    return f"{share:.0%} wrong labels".replace("%", " %") if share else "no wrong labels"
+
+
+def _shown(optimizer: str) -> str:
+    """The rows say "esam, momentum" for ``ESAM(..., ascent="momentum")``."""
+    name, _, kind = optimizer.partition(", ")
+    ascent = f'ascent="{kind}"' if kind in ("previous", "momentum") else kind
+    return ", ".join(filter(None, (name.upper(), ascent)))
 
 
 def _radii_table(path: Path, optimizer: str) -> str:
@@ -104,7 +116,8 @@ def _radii_table(path: Path, optimizer: str) -> str:
     for task, warmup in dict.fromkeys((task, warmup) for task, warmup, _ in cells):
         found = [cells.get((task, warmup, rho)) for rho in radii] + [None if warmup else sam.get(task)]
         texts = ["" if cell is None else f"{cell['over_sgd']:+.1f} ({cell['seeds']})" for cell in found]
-        lines.append(f"| {task}{', warm-up of rho' if warmup else ''} | " + " | ".join(texts) + " |")
+        name = task.replace("flipped", "wrong labels") + (", warm-up of rho" if warmup else "")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
     commits = ", ".join(commit[:10] for commit in study["environment"]["commit"])
     torch = ", ".join(study["environment"]["torch"])
     lines.append(f"\nIn brackets the number of seeds. torch {torch}, commit {commits}.")

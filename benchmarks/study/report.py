@@ -52,7 +52,7 @@ def _setting_table(summary: Summary, setting: Setting) -> str:
         "",
         f"{setting.epochs} epochs, {setting.seeds} seeds.",
         "",
-        "| mode | x SGD | test accuracy, % | - SGD | - SAM | in SAM's time, % | the search chose |",
+        "| mode | price | test accuracy, % | over SGD | over SAM | in SAM's time, % | the search chose |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     sgd, sam = summary.result(setting.name, "sgd"), summary.result(setting.name, "sam")
@@ -79,7 +79,7 @@ def _accuracy(result: Result) -> str:
 
 def verdicts(summary: Summary, rows: Rows) -> str:
     """For each mode its price, and the settings in which it loses."""
-    lines = ["| mode | x SGD | loses in | measured in |", "|---|---:|---|---:|"]
+    lines = ["| mode | price | loses in | measured in |", "|---|---:|---|---:|"]
     for mode in MODES:
         found = [r for s in summary.settings if (r := summary.result(s.name, mode.name)) is not None]
         if not found or mode.name in ("sgd", "sam"):

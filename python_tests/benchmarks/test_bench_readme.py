@@ -117,9 +117,22 @@ def test_a_study_block_shows_mean_and_spread_of_each_optimizer(tmp_path):
     study = {"rows": [cell], "environment": {"torch": "2.13.0", "commit": "0123456789abcdef"}}
     (tmp_path / "study.json").write_text(json.dumps(study))
     text = readme.rendered("<!-- study:study -->\n| sam | 99 |\n<!-- /study -->", tmp_path)
-    assert "| sam | 91.3 +- 1.2 |" in text
+    assert "| SAM | 91.3 ± 1.2 |" in text
     assert "99" not in text
-    assert "3 seeds; torch 2.13.0, commit 0123456789." in text
+    assert "3 seeds, ± their standard deviation; torch 2.13.0, commit 0123456789." in text
+    assert "| test accuracy, % | 40 % wrong labels |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sgd", "SGD"),
+        ("esam, constant gamma", "ESAM, constant gamma"),
+        ("esam, momentum", 'ESAM, ascent="momentum"'),
+    ],
+)
+def test_a_study_names_what_a_reader_can_type(name, words):
+    assert readme._shown(name) == words
 
 
 def test_a_block_of_radii_shows_the_gain_over_sgd_with_the_number_of_seeds(tmp_path):
