@@ -20,7 +20,7 @@ from learning_rate import SCHEDULES
 from models import MODELS, needs_two_images
 from option_types import phase, positive_int, radius, seed_number, share, workers
 from progress import Progress
-from recipes import parse_with_recipe, recipe_name
+from recipes import RECIPES, parse_with_recipe, recipe_name
 from report import Result, learned, plot, summarise, table, write_json
 from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, PERTURBED, RANKED, Trainer, gamma_of
 
@@ -136,7 +136,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.phase != (0.0, 1.0) and options.rho_warmup:
         parser.error("--phase and --rho-warmup both set rho over the steps: leave one out")
     if options.ranking != "rise" and not set(options.optimizer) & RANKED:
-        parser.error(f"--ranking is for --optimizer {' or '.join(sorted(RANKED))}")
+        if options.ranking != RECIPES.get(options.recipe, {}).get("ranking"):  # else nobody has asked for it
+            parser.error(f"--ranking is for --optimizer {' or '.join(sorted(RANKED))}")
+        options.ranking = "rise"
     if options.lr_warmup >= options.epochs:
         parser.error(f"--lr-warmup {options.lr_warmup:g} leaves nothing of {options.epochs} epochs")
     if options.label_noise is None:

@@ -91,6 +91,14 @@ def test_esam_fast_trains_from_its_recipe(tmp_path, capsys):
     assert "1.1" in line
 
 
+def test_a_recipes_ranking_is_not_held_against_an_optimizer_that_ranks_nothing(capsys):
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "sgd"]).ranking == "rise"
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "esam"]).ranking == "first_order"
+    with pytest.raises(SystemExit):
+        train.parse_options(["--recipe", "demo", "--optimizer", "sgd", "--ranking", "random"])
+    assert "--ranking is for --optimizer esam" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
