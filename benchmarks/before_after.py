@@ -47,10 +47,10 @@ class Checkout:
     """A process that has imported the package from one folder, and times steps on request."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
         command = [sys.executable, "-c", WORKER, str(threads)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=folder)
         imported = Path(self._answer())
         if not imported.is_relative_to(folder.resolve()):
             raise SystemExit(f"{folder} holds no package esam_kernels: {imported} was imported")

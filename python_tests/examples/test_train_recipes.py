@@ -149,7 +149,7 @@ def test_recipe_trains_on_synthetic_data(tmp_path, capsys):
 
 
 def test_page_names_the_options_that_there_are():
-    known = {f"--{name.replace('_', '-')}" for name in vars(train.parse_options([]))}
+    known = {"--help", *(f"--{name.replace('_', '-')}" for name in vars(train.parse_options([])))}
     named = set(re.findall(r"--[a-z][a-z-]+", PAGE))
     assert named - known == set()
     assert {"--recipe", "--graph", "--channels-last", "--micro-batch", "--lr-warmup"} <= named
