@@ -127,7 +127,7 @@ def _steps(rows: list[Row]) -> Lines:
 
 def _modes(rows: list[Row]) -> Lines:
     """Each mode's counted and measured cost in units of SGD's step, and its speed against SAM's, from pairs."""
-    lines = [["step", "counted, x SGD", "measured, x SGD", "measured / counted", "x SAM's speed"]]
+    lines = [["mode", "counted price", "measured price", "measured / counted", "times SAM's speed"]]
     by_name = {(row["case"], row["implementation"]): row for row in rows}
     for (case, name), row in by_name.items():
         if name != OURS:

@@ -76,7 +76,7 @@ def fold_long_tables(app: Any, doctree: nodes.document) -> None:
         rows = sum(len(body.children) for body in table.findall(nodes.tbody))
         if rows > LONGEST_TABLE:
             names = (cell.astext() for head in table.findall(nodes.thead) for cell in head[0])
-            columns = ", ".join(filter(None, names))
+            columns = " · ".join(filter(None, names))
             line = f"Open the table: {rows} rows ({html.escape(columns)})"
             place = table.parent.index(table)
             table.parent.insert(place + 1, nodes.raw("", "</details>", format="html"))

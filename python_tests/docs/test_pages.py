@@ -1,5 +1,6 @@
 """The pages of the site: their code runs, and the lists that they keep are complete."""
 
+import ast
 import os
 import re
 import subprocess
@@ -68,6 +69,15 @@ def test_every_variable_that_the_package_or_its_build_reads_is_on_the_page():
     read = {name for path in sources for name in re.findall(r'"(ESAM_KERNELS_[A-Z_]+)"', path.read_text())}
     page = set(re.findall(r"`(ESAM_KERNELS_[A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text()))
     assert page == read
+
+
+def test_the_error_messages_of_the_questions_are_those_of_the_code():
+    nodes = [node for path in (ROOT / "esam_kernels").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    said = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    text = (ROOT / "docs" / "faq.md").read_text().partition("## Error messages")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
+    assert len(messages) == 8
+    assert [message for message in messages if not any(message in text for text in said)] == []
 
 
 def test_every_page_is_reached_from_the_first():
