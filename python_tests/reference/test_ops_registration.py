@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam_kernels import ops
+from esam_kernels import SAM, ops
 from esam_kernels.backends import ENVIRONMENT_VARIABLE, NAMES, load, resolve, unavailable
 from esam_kernels.ops import registration
 
@@ -156,6 +156,15 @@ def test_the_environment_chooses_the_backend_and_the_argument_goes_before_it(mon
     assert resolve("reference", torch.device("cpu")) is load("reference")
     with pytest.raises(ValueError, match="nonsense"):
         resolve("", torch.device("cpu"))
+
+
+def test_an_optimizer_reads_the_environment_when_it_is_built(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.5, rho=0.5)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")  # which serves no tensor of the CPU
+    optimizer.step(lambda x: (weight * x).sum(dim=1), torch.tensor([[0.0, 2.0]]))
+    assert weight.tolist() == [3.0, 3.0]
 
 
 class Watching(TorchDispatchMode):
