@@ -110,7 +110,14 @@ class Parallelism:
     @property
     def is_spread(self) -> bool:
         """Whether the model is wrapped in DistributedDataParallel, or sharded."""
-        return bool(self._data_parallel or self._fully_sharded)
+        return self.spread_by is not None
+
+    @property
+    def spread_by(self) -> str | None:
+        """What spreads the model over processes, by torch's name; None if nothing does."""
+        if self._data_parallel:
+            return "DistributedDataParallel"
+        return "fully_shard" if self._fully_sharded else None
 
     @property
     def synchronizes(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from esam_kernels import uploads
-from esam_kernels.capturable import check_batch, check_capturable
+from esam_kernels.capturable import check_arguments, check_batch, check_capturable, name_of
 from esam_kernels.captures import (
     Capture,
     CapturedNoise,
@@ -80,13 +80,7 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
             spread over ranks, an empty batch, or one on another device.
         RuntimeError: between ``first_step`` and ``second_step``.
     """
-    if not isinstance(optimizer, ESAM):
-        raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
-    if not callable(closure):
-        raise TypeError(
-            f"closure must be a function of the batch that returns one loss per sample, got {type(closure).__name__}"
-        )
-    batch_size(sample_batch)
+    check_arguments(optimizer, closure, sample_batch)
     optimizer._phases.require(perturbed=False, call="make_graphed_step")
     if not any(param.is_cuda for param in optimizer._perturbation.params):
         logger.warning("make_graphed_step: the parameters are not on a CUDA device, so that every step runs eagerly")
@@ -108,12 +102,20 @@ class _EagerStep:
 
     def _batch(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         if options:
+            names = ", ".join(sorted(options))
             raise TypeError(
-                f"a graphed step takes the batch and no options, got {', '.join(sorted(options))}: call optimizer.step"
+                f"a graphed step takes a batch, by position, and no named arguments, got {names}. Call it as "
+                "step(inputs, targets). For a step with options, call "
+                f"optimizer.step(closure, *batch, {names.replace(', ', '=..., ')}=...)"
             )
         if arguments and callable(arguments[0]) and not isinstance(arguments[0], Tensor):
             if arguments[0] != self.closure:  # a method of an object is another object each time
-                raise ValueError("the step was made for another closure: call make_graphed_step for this one")
+                found, allowed = name_of(arguments[0]), name_of(self.closure)
+                raise ValueError(
+                    f"closure is {'another ' if found == allowed else ''}{found}, and this step was made for {allowed}:"
+                    " a graph holds one closure. Define it once, before the loop, and leave it out of the call, "
+                    "step(*batch); or call make_graphed_step once for each closure"
+                )
             return arguments[1:]
         return arguments
 

@@ -240,18 +240,30 @@ def hooked(base):
 
 
 REFUSED = {
-    "a subclass": (lambda p: OwnSGD(p, lr=0.1), {}, "OwnSGD is neither SGD nor Adam nor AdamW of torch.optim itself"),
-    "steps on the host": (lambda p: torch.optim.AdamW(p), {}, "counts its steps on the host.*capturable=True"),
-    "others on the host": (lambda p: torch.optim.NAdam(p), {}, "NAdam counts its steps on the host.*capturable=True"),
+    "a subclass": (
+        lambda p: OwnSGD(p, lr=0.1),
+        {},
+        "OwnSGD cannot be .*: OwnSGD is neither SGD nor Adam nor AdamW of torch.optim itself. A graph can hold",
+    ),
+    "steps on the host": (
+        lambda p: torch.optim.AdamW(p),
+        {},
+        r"AdamW counts its steps on the host \(parameter group 0\).* capturable=True or fused=True, or call opt",
+    ),
+    "others on the host": (
+        lambda p: torch.optim.NAdam(p),
+        {},
+        r"NAdam counts its steps on the host \(parameter group 0\).*with capturable=True, or call optimizer.step",
+    ),
     "a frozen rate": (
         lambda p: torch.optim.NAdam(p, lr=0.1, capturable=True),
         {},
-        r"learning rate of parameter group 0 would be frozen.*lr=torch.tensor\(0.1, device='cuda'\)",
+        r"learning rate of parameter group 0 is 0.1, and would be frozen.*lr=torch.tensor\(0.1, device='cuda'\)",
     ),
     "no capture": (
         lambda p: torch.optim.Adagrad(p, lr=0.1),
         {},
-        "Adagrad cannot be captured.*call optimizer.step|Call",
+        "Adagrad cannot be captured .*is neither SGD nor .*capturable=True. Use one of these, or call optimizer.step",
     ),
     "an unfused backend": (lambda p: torch.optim.SGD(p, lr=0.1), {"backend": "reference"}, "'reference' does not fuse"),
     "tied weights": (lambda p: torch.optim.SGD(tied(p), lr=0.1), {}, "parameters are tied to each other"),
@@ -291,9 +303,16 @@ def test_models_on_several_devices_or_ranks_are_refused(gpu, monkeypatch):
         patch.setattr(training.optimizer._perturbation.parameters, "devices", devices)
         with pytest.raises(ValueError, match="the parameters are on cuda:0 and cuda:1"):
             make_graphed_step(training.optimizer, training.losses, *batches(CPU, 1)[0])
-    monkeypatch.setattr(type(training.optimizer._parallelism), "is_spread", True)
-    with nothing_changes(training), pytest.raises(ValueError, match="DistributedDataParallel or fully_shard"):
-        make_graphed_step(training.optimizer, training.losses, *batches(CPU, 1)[0])
+    given = batches(CPU, 1)[0]
+    for name in ("DistributedDataParallel", "fully_shard"):
+        monkeypatch.setattr(type(training.optimizer._parallelism), "spread_by", name)
+        message = f"the model is in {name}: a CUDA graph holds the step of one process.* Call optimizer.step"
+        with nothing_changes(training), pytest.raises(ValueError, match=message):
+            make_graphed_step(training.optimizer, training.losses, *given)
+    monkeypatch.setattr(type(training.optimizer._parallelism), "spread_by", None)
+    monkeypatch.setattr(type(training.optimizer), "sync_perturbation", True)
+    with nothing_changes(training), pytest.raises(ValueError, match="built with sync_perturbation=True: a CUDA graph"):
+        make_graphed_step(training.optimizer, training.losses, *given)
 
 
 def test_a_batch_elsewhere_is_refused(gpu):

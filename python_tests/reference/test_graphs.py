@@ -67,7 +67,7 @@ def test_the_closure_may_be_a_method():
     expected = other.optimizer.step(other.losses, INPUTS, TARGETS)
     assert torch.equal(step(trainer.losses, INPUTS, TARGETS), expected)
     assert torch.equal(weights(trainer.model), weights(other.model))
-    with pytest.raises(ValueError, match="made for another closure"):
+    with pytest.raises(ValueError, match=r"closure is another '.*Trainer\.losses', and this step was made for '"):
         step(other.losses, INPUTS, TARGETS)
 
 
@@ -75,25 +75,73 @@ def test_another_closure_is_refused_and_nothing_is_changed():
     model, optimizer = build()
     step = make_graphed_step(optimizer, losses_of(model), INPUTS, TARGETS)
     before = weights(model)
-    with pytest.raises(ValueError, match="made for another closure"):
+    message = r"closure is another 'losses_of.*', and .*: a graph holds one closure. .* leave it out of the call, step"
+    with pytest.raises(ValueError, match=message):
         step(losses_of(model), INPUTS, TARGETS)
     assert torch.equal(weights(model), before)
 
 
-def test_what_cannot_be_a_step_is_refused():
+CALL = r"make_graphed_step\(optimizer, losses, inputs, targets\)"
+NOT_A_STEP = {
+    "a plain optimizer": (
+        lambda model, _: (torch.optim.SGD(model.parameters(), lr=0.1), losses_of(model), INPUTS, TARGETS),
+        TypeError,
+        f"optimizer must be an ESAM or SAM, got a SGD. Call {CALL} with an ESAM or SAM as the first argument, such as "
+        r"ESAM\(model.parameters\(\), torch.optim.SGD, ...\), which holds the SGD",
+    ),
+    "the closure first": (
+        lambda model, optimizer: (losses_of(model), optimizer, INPUTS, TARGETS),
+        TypeError,
+        f"optimizer must be an ESAM or SAM, got a function. Call {CALL} with an ESAM or SAM as the first argument$",
+    ),
+    "no closure": (
+        lambda _, optimizer: (optimizer, INPUTS, TARGETS),
+        TypeError,
+        f"closure must be a function of the batch that returns one loss per sample, got a Tensor. Call {CALL}, where",
+    ),
+    "no batch": (
+        lambda model, optimizer: (optimizer, losses_of(model)),
+        TypeError,
+        f"sample_batch is missing: .* Give a batch of the usual shape, {CALL}",
+    ),
+    "an empty batch": (
+        lambda model, optimizer: (optimizer, losses_of(model), INPUTS[:0], TARGETS[:0]),
+        ValueError,
+        f"sample_batch cannot be used: the batch is empty. Give a batch of the usual shape, {CALL}",
+    ),
+    "two sizes": (
+        lambda model, optimizer: (optimizer, losses_of(model), INPUTS, TARGETS[:5]),
+        ValueError,
+        r"sample_batch cannot be used: the tensors of the batch have different numbers of samples: \[8, 5\]. Give",
+    ),
+    "no tensors": (
+        lambda model, optimizer: (optimizer, losses_of(model), range(8)),
+        TypeError,
+        "sample_batch cannot be used: the batch holds a range: give tensors, .* Give a batch of the usual shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_A_STEP)
+def test_what_cannot_be_a_step_is_refused(case):
+    arguments, kind, message = NOT_A_STEP[case]
     model, optimizer = build()
-    with pytest.raises(TypeError, match="must be an ESAM or SAM"):
-        make_graphed_step(torch.optim.SGD(model.parameters(), lr=0.1), losses_of(model), INPUTS, TARGETS)
-    with pytest.raises(TypeError, match="closure must be a function"):
-        make_graphed_step(optimizer, INPUTS, TARGETS)
-    with pytest.raises(ValueError, match="the batch is empty"):
-        make_graphed_step(optimizer, losses_of(model), INPUTS[:0], TARGETS[:0])
+    before = weights(model)
+    with pytest.raises(kind, match=message):
+        make_graphed_step(*arguments(model, optimizer))
+    assert torch.equal(weights(model), before)
 
 
 def test_options_of_step_are_refused_and_nothing_is_changed():
     model, optimizer = build()
     step = make_graphed_step(optimizer, losses_of(model), INPUTS, TARGETS)
     before = weights(model)
-    with pytest.raises(TypeError, match=r"no options, got max_grad_norm, micro_batch: call optimizer\.step"):
+    message = (
+        "takes a batch, by position, and no named arguments, got max_grad_norm, micro_batch. .* call "
+        r"optimizer.step\(closure, \*batch, max_grad_norm=..., micro_batch=...\)"
+    )
+    with pytest.raises(TypeError, match=message):
         step(INPUTS, TARGETS, micro_batch=2, max_grad_norm=1.0)
+    with pytest.raises(TypeError, match=r"no named arguments, got targets. Call it as step\(inputs, targets\)"):
+        step(INPUTS, targets=TARGETS)
     assert torch.equal(weights(model), before)
