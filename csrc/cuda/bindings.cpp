@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "errors.h"
 #include "launchers.h"
 
 #if !defined(ESAM_CUDA_MODULE)
@@ -23,16 +24,14 @@ using Flags = std::vector<bool>;
 using Numbers = std::vector<int64_t>;
 using Where = std::pair<int, int64_t>;
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("esam_kernels: ") + cudaGetErrorString(error));
-}
-
 // Makes the device of `where` the current one while it lives.
 class On {
  public:
   explicit On(const Where& where) : stream(reinterpret_cast<cudaStream_t>(where.second)), device_(where.first) {
-    check(cudaGetDevice(&before_));
-    if (before_ != device_) check(cudaSetDevice(device_));
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == device_) return;
+    const cudaError_t error = cudaSetDevice(device_);
+    if (error != cudaSuccess) refuse("cudaSetDevice(" + std::to_string(device_) + ")", error);
   }
   ~On() {
     if (before_ != device_) cudaSetDevice(before_);
@@ -51,23 +50,26 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Every list has one address for each tensor.
-Tensors tensors_of(Lists lists, Numbers numels, size_t expected_lists) {
-  if (lists.size() != expected_lists) throw std::invalid_argument("wrong number of lists");
-  for (const Addresses& addresses : lists) {
-    if (addresses.size() != numels.size()) throw std::invalid_argument("lists of different lengths");
+// `what`: the list that has one entry for each tensor.
+void check_length(const char* name, const std::string& what, size_t length, size_t tensors) {
+  check_count(name, what, static_cast<int64_t>(length), static_cast<int64_t>(tensors), "one for each tensor");
+}
+
+// `names`: of the lists that `name` takes; each has one address for each tensor.
+Tensors tensors_of(const char* name, const std::vector<std::string>& names, Lists lists, Numbers numels) {
+  std::string all;
+  for (const std::string& one : names) all += (all.empty() ? "" : ", ") + one;
+  check_count(name, "lists of addresses", static_cast<int64_t>(lists.size()), static_cast<int64_t>(names.size()), all);
+  for (size_t i = 0; i < names.size(); ++i) {
+    check_length(name, "addresses of " + names[i], lists[i].size(), numels.size());
   }
   return {std::move(lists), std::move(numels)};
 }
 
-void check_length(size_t length, const Tensors& tensors) {
-  if (length != tensors.numels.size()) throw std::invalid_argument("lists of different lengths");
-}
-
 void norm_partials_(const Where& where, int dtype, Lists lists, Numbers numels, const Flags& adaptive, double eta,
                     int64_t partials, bool accumulate) {
-  const Tensors tensors = tensors_of(std::move(lists), std::move(numels), 2);
-  check_length(adaptive.size(), tensors);
+  const Tensors tensors = tensors_of("norm_partials", {"grads", "params"}, std::move(lists), std::move(numels));
+  check_length("norm_partials", "adaptive flags", adaptive.size(), tensors.numels.size());
   const On on(where);
   norm_partials(tensors, adaptive, eta, pointer<double>(partials), accumulate, static_cast<Dtype>(dtype), on.stream);
 }
@@ -75,8 +77,10 @@ void norm_partials_(const Where& where, int dtype, Lists lists, Numbers numels, 
 void perturb_(const Where& where, int dtype, Lists lists, Numbers numels, const Numbers& groups, const Numbers& offsets,
               const Flags& adaptive, int num_groups, int64_t partials, int64_t scale, int64_t random_state, double eta,
               double norm_factor, double eps) {
-  const Tensors tensors = tensors_of(std::move(lists), std::move(numels), 3);
-  for (const size_t length : {groups.size(), offsets.size(), adaptive.size()}) check_length(length, tensors);
+  const Tensors tensors = tensors_of("perturb", {"params", "grads", "backups"}, std::move(lists), std::move(numels));
+  check_length("perturb", "groups", groups.size(), tensors.numels.size());
+  check_length("perturb", "offsets", offsets.size(), tensors.numels.size());
+  check_length("perturb", "adaptive flags", adaptive.size(), tensors.numels.size());
   const Perturbation perturbation{pointer<double>(partials),
                                   pointer<double>(scale),
                                   pointer<int64_t>(random_state),
@@ -89,7 +93,7 @@ void perturb_(const Where& where, int dtype, Lists lists, Numbers numels, const 
 }
 
 void restore_(const Where& where, int element_size, Lists lists, Numbers numels) {
-  const Tensors tensors = tensors_of(std::move(lists), std::move(numels), 2);
+  const Tensors tensors = tensors_of("restore", {"params", "backups"}, std::move(lists), std::move(numels));
   const On on(where);
   restore(tensors, element_size, on.stream);
 }
@@ -102,7 +106,9 @@ LearningRate learning_rate(double value, int64_t address, bool is_float64) {
 void restore_sgd_(const Where& where, int dtype, Lists lists, Numbers numels, bool first, double lr, int64_t lr_address,
                   bool lr_is_float64, double momentum, double dampening, double weight_decay, bool nesterov,
                   bool maximize) {
-  const Tensors tensors = tensors_of(std::move(lists), std::move(numels), momentum == 0 ? 3 : 4);
+  std::vector<std::string> names{"params", "backups", "grads"};
+  if (momentum != 0) names.emplace_back("momentum buffers");
+  const Tensors tensors = tensors_of("restore_sgd", names, std::move(lists), std::move(numels));
   const Sgd sgd{
       learning_rate(lr, lr_address, lr_is_float64), momentum, dampening, weight_decay, first, nesterov, maximize};
   const On on(where);
@@ -112,8 +118,11 @@ void restore_sgd_(const Where& where, int dtype, Lists lists, Numbers numels, bo
 void restore_adam_(const Where& where, int dtype, Lists lists, Numbers numels, const Addresses& step_addresses,
                    const std::vector<float>& steps, double lr, int64_t lr_address, bool lr_is_float64, double beta1,
                    double beta2, double eps, double weight_decay, bool amsgrad, bool maximize, bool decoupled) {
-  const Tensors tensors = tensors_of(std::move(lists), std::move(numels), amsgrad ? 6 : 5);
-  check_length(step_addresses.empty() ? steps.size() : step_addresses.size(), tensors);
+  std::vector<std::string> names{"params", "backups", "grads", "exp_avgs", "exp_avg_sqs"};
+  if (amsgrad) names.emplace_back("max_exp_avg_sqs");
+  const Tensors tensors = tensors_of("restore_adam", names, std::move(lists), std::move(numels));
+  check_length("restore_adam", "steps", step_addresses.empty() ? steps.size() : step_addresses.size(),
+               tensors.numels.size());
   const Adam adam{
       learning_rate(lr, lr_address, lr_is_float64), beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
   const On on(where);
@@ -205,6 +214,7 @@ PYBIND11_MODULE(ESAM_CUDA_MODULE, module) {
     emulator::cooperative_launches = cooperative;
     emulator::usable_multiprocessors = usable_multiprocessors;
   });
+  module.def("fail_next_launch", [](int error) { emulator::next_error = static_cast<cudaError_t>(error); });
   module.def("take_error", [] { return static_cast<int>(cudaGetLastError()); });
   module.def("take_launches", [] { return std::exchange(emulator::launches, 0); });
   module.def("take_argument_bytes", [] { return std::exchange(emulator::argument_bytes, {}); });

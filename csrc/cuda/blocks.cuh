@@ -75,11 +75,10 @@ __device__ void store_streaming(T* address, const T& value) {
 }
 
 // What an operation of the streaming kernel has:
-//   Element: the storage type. kLists; reads(list), writes(list): what it does with each.
-//   streams(list): nothing reads that list again before a whole forward pass: its lines leave the caches first.
-//   kBackwards: whether it walks from the last block to the first.
-//   Table<kTensors>, Arguments: what the kernel is given.
-//   an __device__ constructor from Arguments, executed by all threads of a block together;
+//   kName: the operator's, as Python calls it. Element: the storage type. kLists; reads(list), writes(list): what it
+//   does with each. streams(list): nothing reads that list again before a whole forward pass: its lines leave the
+//   caches first. kBackwards: whether it walks from the last block to the first. Table<kTensors>, Arguments: what the
+//   kernel is given. an __device__ constructor from Arguments, executed by all threads of a block together;
 //   enter(table, tensor): before the blocks of a tensor, by all threads together;
 //   apply(pack, first): changes the packs in place, of the elements from number `first` of the tensor on;
 //   leave(): at the end, by all threads together.
@@ -172,7 +171,7 @@ int64_t fill(Table& table, const Tensors& tensors, int first) {
     table.numel[i] = tensors.numels[first + i];
     table.first_block[i] = static_cast<int32_t>(blocks);
     blocks += (table.numel[i] + block - 1) / block;
-    if (blocks > std::numeric_limits<int32_t>::max() / 2) throw std::invalid_argument("too many elements");
+    check_at_most(Op::kName, "blocks of 8 KiB", blocks, std::numeric_limits<int32_t>::max() / 2);
   }
   table.first_block[table.num_tensors] = static_cast<int32_t>(blocks);
   return blocks;
@@ -197,7 +196,8 @@ void stream_over(const Tensors& tensors, int max_programs, bool even_if_empty, c
       const typename Op::Arguments arguments = finish(table, first);
       const int64_t programs = std::min<int64_t>(blocks, max_programs);
       if (programs == 0 && !even_if_empty) return;
-      launch(stream<Op, decltype(capacity)::value>, std::max<int64_t>(programs, 1), cuda_stream, table, arguments);
+      launch(Op::kName, stream<Op, decltype(capacity)::value>, std::max<int64_t>(programs, 1), cuda_stream, table,
+             arguments);
     });
   }
 }

@@ -104,22 +104,23 @@ int64_t blocks_for(const CrossEntropy& inputs) {
 void cross_entropy_forward(const CrossEntropy& inputs, float* losses, float* normalizer, Dtype dtype,
                            cudaStream_t stream) {
   if (inputs.rows == 0) return;
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("cross_entropy_forward", dtype, [&](auto element) {
     using T = decltype(element);
     const bool by_warp = rows_of_block(inputs) > 1;
     const auto kernel = is_weighted(inputs) ? (by_warp ? forward<T, true, kWarp> : forward<T, true, kThreads>)
                                             : (by_warp ? forward<T, false, kWarp> : forward<T, false, kThreads>);
-    launch(kernel, blocks_for(inputs), stream, inputs, losses, normalizer);
+    launch("cross_entropy_forward", kernel, blocks_for(inputs), stream, inputs, losses, normalizer);
   });
 }
 
 void cross_entropy_backward(const CrossEntropy& inputs, const float* grad_losses, const float* normalizer,
                             void* gradient, Dtype dtype, cudaStream_t stream) {
   if (inputs.rows == 0) return;
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("cross_entropy_backward", dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = rows_of_block(inputs) > 1 ? backward<T, kWarp> : backward<T, kThreads>;
-    launch(kernel, blocks_for(inputs), stream, inputs, grad_losses, normalizer, static_cast<T*>(gradient));
+    launch("cross_entropy_backward", kernel, blocks_for(inputs), stream, inputs, grad_losses, normalizer,
+           static_cast<T*>(gradient));
   });
 }
 

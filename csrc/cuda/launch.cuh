@@ -3,9 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include <utility>
 
+#include "errors.h"
 #include "launchers.h"
 
 namespace esam::cuda {
@@ -14,10 +14,6 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 // A launch of `kernel` on `blocks` blocks of kThreads threads; a cooperative one has all of them resident at once.
 // Returns the launch's error.
@@ -36,21 +32,23 @@ cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, bool coope
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// `name`: of the operator, as Python calls it.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments&&... arguments) {
-  check(try_launch(kernel, blocks, /*cooperative=*/false, stream, std::forward<Arguments>(arguments)...),
-        "esam_kernels: a launch failed");
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
+            Arguments&&... arguments) {
+  check_launch(try_launch(kernel, blocks, /*cooperative=*/false, stream, std::forward<Arguments>(arguments)...), name,
+               blocks, kThreads);
 }
 
 inline int current_device() {
   int device = 0;
-  check(cudaGetDevice(&device), "esam_kernels: no device");
+  check(cudaGetDevice(&device), "cudaGetDevice");
   return device;
 }
 
-// `f` called with a value of the storage type of `dtype`.
+// `f` called with a value of the storage type of `dtype`. `name`: of the operator, as Python calls it.
 template <typename F>
-void with_dtype(Dtype dtype, const F& f) {
+void with_dtype(const char* name, Dtype dtype, const F& f) {
   switch (dtype) {
     case kFloat32:
       return f(float());
@@ -59,7 +57,7 @@ void with_dtype(Dtype dtype, const F& f) {
     case kFloat16:
       return f(device::Float16());
   }
-  throw std::invalid_argument("unknown dtype");
+  refuse_dtype(name, dtype);
 }
 
 // The same order of additions in every block and run. All threads get the sum; kThreads of them take part.

@@ -12,6 +12,7 @@ struct NormTable : Table<kLists, kTensors> {
 
 template <typename T, bool kAnyAdaptive>
 struct Norm {
+  static constexpr const char* kName = "norm_partials";
   enum List { kGrad, kParam };
   static constexpr int kLists = kAnyAdaptive ? 2 : 1;
   using Element = T;
@@ -68,7 +69,7 @@ void launch_norm(const Tensors& tensors, const std::vector<bool>& adaptive, doub
 void norm_partials(const Tensors& tensors, const std::vector<bool>& adaptive, double eta, double* partials,
                    bool accumulate, Dtype dtype, cudaStream_t cuda_stream) {
   const bool any_adaptive = std::find(adaptive.begin(), adaptive.end(), true) != adaptive.end();
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("norm_partials", dtype, [&](auto element) {
     using T = decltype(element);
     if (any_adaptive) {
       launch_norm<Norm<T, true>>(tensors, adaptive, eta, partials, accumulate, cuda_stream);

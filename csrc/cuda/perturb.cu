@@ -14,6 +14,7 @@ struct PerturbTable : Table<3, kTensors> {
 
 template <typename T, bool kMasked>
 struct Perturb {
+  static constexpr const char* kName = "perturb";
   enum List { kParam, kGrad, kBackup };
   static constexpr int kLists = 3;
   using Element = T;
@@ -90,8 +91,8 @@ void launch_perturb(const Tensors& tensors, const std::vector<int64_t>& groups, 
 void perturb(const Tensors& tensors, const std::vector<int64_t>& groups, const std::vector<int64_t>& offsets,
              const std::vector<bool>& adaptive, const Perturbation& perturbation, Dtype dtype,
              cudaStream_t cuda_stream) {
-  if (perturbation.num_groups > kMaxGroups) throw std::invalid_argument("too many groups");
-  with_dtype(dtype, [&](auto element) {
+  check_at_most("perturb", "parameter groups", perturbation.num_groups, kMaxGroups);
+  with_dtype("perturb", dtype, [&](auto element) {
     using T = decltype(element);
     if (perturbation.random_state != nullptr) {
       launch_perturb<Perturb<T, true>>(tensors, groups, offsets, adaptive, perturbation, cuda_stream);

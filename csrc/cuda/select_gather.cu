@@ -241,7 +241,8 @@ class ResidentBlocks {
       int supported = 0, processors = 0, blocks = 0;
       check(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, key.second), "cudaDeviceGetAttribute");
       check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, key.second), "cudaDeviceGetAttribute");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), "the occupancy of a kernel");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
       if (supported) entry->second = blocks * processors;
     }
     return entry->second;
@@ -297,26 +298,26 @@ bool launch_fused(const CrossEntropy& before, const CrossEntropy& after, const S
     ResidentBlocks::refuse(kernel);
     return false;
   }
-  check(error, "esam_kernels: a launch failed");
+  check_launch(error, "losses_select_gather", blocks, kThreads);
   return true;
 }
 
 }  // namespace
 
-void select(const Selection& selection, cudaStream_t stream) { launch(select_kernel, 1, stream, selection); }
+void select(const Selection& selection, cudaStream_t stream) { launch("select", select_kernel, 1, stream, selection); }
 
 void gather(const std::vector<Rows>& tensors, const int64_t* indices, int64_t k, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
   for (size_t first = 0; first < tensors.size(); first += kMaxGathered) {
     const GatherTable table = gather_table(tensors, first, k);
     const int64_t units = table.first_unit[table.num_tensors];
-    if (units > 0) launch(gather_kernel, std::min(units, kMaxBlocks), stream, table, indices);
+    if (units > 0) launch("gather", gather_kernel, std::min(units, kMaxBlocks), stream, table, indices);
   }
 }
 
 void losses_select_gather(const CrossEntropy& before, const CrossEntropy& after, const Selection& selection,
                           const std::vector<Rows>& tensors, Dtype dtype, cudaStream_t stream) {
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("losses_select_gather", dtype, [&](auto element) {
     using T = decltype(element);
     const bool weighted = is_weighted(before) || is_weighted(after);
     const bool launched = weighted ? launch_fused<T, true>(before, after, selection, tensors, stream)

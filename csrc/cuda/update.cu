@@ -19,6 +19,7 @@ __device__ double learning_rate(const LearningRate& lr) {
 // T: an unsigned integer of the elements' size. Bits are copied.
 template <typename T>
 struct Restore {
+  static constexpr const char* kName = "restore";
   enum List { kParam, kBackup };
   static constexpr int kLists = 2;
   using Element = T;
@@ -51,6 +52,7 @@ void launch_restore(const Tensors& tensors, cudaStream_t cuda_stream) {
 
 template <typename T, bool kMomentum, bool kFirst>
 struct RestoreSgd {
+  static constexpr const char* kName = "restore_sgd";
   enum List { kParam, kBackup, kGrad, kBuffer };
   static constexpr int kLists = kMomentum ? 4 : 3;
   using Element = T;
@@ -115,6 +117,7 @@ struct AdamArguments {
 
 template <typename T, bool kAmsgrad>
 struct RestoreAdam {
+  static constexpr const char* kName = "restore_adam";
   enum List { kParam, kBackup, kGrad, kMean, kSquare, kLargest };
   static constexpr int kLists = kAmsgrad ? 6 : 5;
   using Element = T;
@@ -211,12 +214,13 @@ void restore(const Tensors& tensors, int element_size, cudaStream_t cuda_stream)
     case 8:
       return launch_restore<uint64_t>(tensors, cuda_stream);
     default:
-      throw std::invalid_argument("elements must have 2, 4 or 8 bytes");
+      throw std::invalid_argument("restore got elements of " + std::to_string(element_size) +
+                                  " bytes, and takes 2, 4 and 8: use backend=\"reference\"");
   }
 }
 
 void restore_sgd(const Tensors& tensors, const Sgd& sgd, Dtype dtype, cudaStream_t cuda_stream) {
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("restore_sgd", dtype, [&](auto element) {
     using T = decltype(element);
     if (sgd.momentum == 0) {
       launch_sgd<RestoreSgd<T, false, false>>(tensors, sgd, cuda_stream);
@@ -230,7 +234,7 @@ void restore_sgd(const Tensors& tensors, const Sgd& sgd, Dtype dtype, cudaStream
 
 void restore_adam(const Tensors& tensors, const Addresses& step_addresses, const std::vector<float>& steps,
                   const Adam& adam, Dtype dtype, cudaStream_t cuda_stream) {
-  with_dtype(dtype, [&](auto element) {
+  with_dtype("restore_adam", dtype, [&](auto element) {
     using T = decltype(element);
     if (adam.amsgrad) {
       launch_adam<RestoreAdam<T, true>>(tensors, step_addresses, steps, adam, cuda_stream);
@@ -248,7 +252,7 @@ void increment_steps(const Addresses& step_addresses, cudaStream_t cuda_stream) 
       Counters<kTensors> counters;
       counters.size = std::min(total - first, kTensors);
       for (int i = 0; i < counters.size; ++i) counters.counter[i] = reinterpret_cast<float*>(step_addresses[first + i]);
-      launch(increment<kTensors>, (counters.size + kThreads - 1) / kThreads, cuda_stream, counters);
+      launch("increment_steps", increment<kTensors>, (counters.size + kThreads - 1) / kThreads, cuda_stream, counters);
     });
   }
 }
