@@ -11,15 +11,12 @@
 #include <unordered_set>
 #include <vector>
 
+#include "refusals.h"
+
 namespace esam {
 namespace {
 
 namespace py = pybind11;
-
-const at::Tensor& expect_tensor(PyObject* object) {
-  if (!THPVariable_Check(object)) throw py::type_error("expected a torch.Tensor");
-  return THPVariable_Unpack(object);
-}
 
 // Which gradients there are, and at which version. A gradient that is marked is not kept alive: only the few bytes that
 // identify it are.
@@ -28,7 +25,7 @@ class GradientMarks {
   void set(const py::list& params) {
     seen_.clear();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      const at::Tensor& grad = expect_tensor(PyList_GET_ITEM(params.ptr(), i)).grad();
+      const at::Tensor& grad = unpack(params, i).grad();
       if (grad.defined()) {
         seen_.emplace_back(Mark{WeakImpl(grad.getIntrusivePtr()), grad._version()});
       } else {
@@ -60,7 +57,7 @@ class GradientMarks {
   template <typename Predicate>
   bool any(const py::list& params, Predicate is_so) const {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      const at::Tensor& grad = expect_tensor(PyList_GET_ITEM(params.ptr(), i)).grad();
+      const at::Tensor& grad = unpack(params, i).grad();
       if (!grad.defined()) continue;
       std::optional<int64_t> since;
       const auto place = static_cast<size_t>(i);
@@ -98,7 +95,7 @@ py::tuple inspect_graph(const py::object& loss, const py::list& params, const st
   const auto visit = [&](torch::autograd::Node* node) {
     if (node != nullptr && seen.insert(node).second) open.push_back(node);
   };
-  visit(expect_tensor(loss.ptr()).grad_fn().get());
+  visit(unpack(loss, "loss").grad_fn().get());
   while (!open.empty()) {
     torch::autograd::Node* const node = open.back();
     open.pop_back();
@@ -115,7 +112,7 @@ py::tuple inspect_graph(const py::object& loss, const py::list& params, const st
   }
   bool hides = false;
   for (Py_ssize_t i = 0; has_functions && !hides && i < PyList_GET_SIZE(params.ptr()); ++i) {
-    hides = reached.count(expect_tensor(PyList_GET_ITEM(params.ptr(), i)).unsafeGetTensorImpl()) == 0;
+    hides = reached.count(unpack(params, i).unsafeGetTensorImpl()) == 0;
   }
   return py::make_tuple(is_found, hides);
 }

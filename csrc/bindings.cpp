@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/cross_entropy.h"
@@ -39,15 +40,16 @@ bool norm_partials(const py::list& params, const py::list& grads, const std::vec
   const Blocks w = reader.read(params), g = reader.read(grads);
   const cpu::Scaling scaling{groups, adaptive, eta};
   if (!reader.ok() || !fits(scaling, w)) return false;
-  double* const out = data<double>(partials, cpu::kNumPartials);
+  double* const out = data<double>(partials, cpu::kNumPartials, "partials");
   py::gil_scoped_release release;
   cpu::norm_partials(w, g, scaling, out);
   return true;
 }
 
-bool are_aligned(std::initializer_list<py::object> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(),
-                     [](const py::object& tensor) { return tensor.is_none() || is_aligned(unpack(tensor)); });
+bool are_aligned(std::initializer_list<std::pair<const char*, py::object>> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const auto& named) {
+    return named.second.is_none() || is_aligned(unpack(named.second, named.first));
+  });
 }
 
 bool perturb(const py::list& params, const py::list& grads, const py::list& backups, const std::vector<int64_t>& groups,
@@ -60,13 +62,13 @@ bool perturb(const py::list& params, const py::list& grads, const py::list& back
   const Blocks b = over_grads ? g : reader.write(backups);
   const cpu::Scaling scaling{groups, adaptive, eta};
   if (!reader.ok() || !fits(scaling, w) || offsets.size() != w.size()) return false;
-  if (!are_aligned({partials, scale, random_state})) return false;
-  const cpu::Perturbation perturbation{data<const double>(partials, cpu::kNumPartials),
-                                       data<const double>(scale, adaptive.size()),
+  if (!are_aligned({{"partials", partials}, {"scale", scale}, {"random_state", random_state}})) return false;
+  const cpu::Perturbation perturbation{data<const double>(partials, cpu::kNumPartials, "partials"),
+                                       data<const double>(scale, adaptive.size(), "scale"),
                                        offsets,
                                        norm_factor,
                                        eps,
-                                       data_or_null<const int64_t>(random_state, kRandomState)};
+                                       data_or_null<const int64_t>(random_state, kRandomState, "random_state")};
   py::gil_scoped_release release;
   cpu::perturb(w, g, b, scaling, perturbation);
   return true;
@@ -97,7 +99,7 @@ bool restore_sgd(const py::list& params, const py::list& backups, const py::list
 std::vector<float*> step_counters(const py::list& steps) {
   std::vector<float*> result;
   for (const py::handle step : steps) {
-    const at::Tensor& tensor = unpack(step);
+    const at::Tensor& tensor = unpack(step, "a step counter");
     const bool ok = tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
     if (!ok || tensor.layout() != at::kStrided || !has_memory(tensor) || !is_aligned(tensor)) return {};
     result.push_back(static_cast<float*>(tensor.mutable_data_ptr()));
@@ -135,19 +137,26 @@ cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::obj
   const auto dtype = supported_dtype(logits);
   const bool fits = logits.device().is_cpu() && logits.layout() == at::kStrided && logits.dim() == 2 &&
                     logits.is_contiguous() && logits.size(1) > 0 && dtype && *dtype != cpu::kFloat64;
-  if (!fits) throw py::value_error("logits must be contiguous (rows, classes) on the CPU, of 32 or 16 bits");
-  if (!has_memory(logits)) throw py::value_error("the logits have no memory");
-  if (!is_aligned(logits)) throw py::value_error("the memory of the logits is not aligned to their dtype");
-  if (index.is_none() == probability.is_none())
-    throw py::value_error("give class indices or probabilities, one of them");
+  if (!fits) {
+    throw py::value_error(
+        "logits must be a contiguous Float, BFloat16 or Half tensor (rows, classes) on the CPU with a class at least, "
+        "got " +
+        described(logits));
+  }
+  if (!has_memory(logits)) throw py::value_error(no_memory("logits", logits));
+  if (!is_aligned(logits)) throw py::value_error(not_aligned("logits"));
+  if (index.is_none() == probability.is_none()) {
+    throw py::value_error(std::string("index and probability are ") + (index.is_none() ? "both None" : "both given") +
+                          ": give one of them and None for the other");
+  }
   const cpu::CrossEntropyRows rows{logits.const_data_ptr(),
-                                   data_or_null<const int64_t>(index, logits.size(0)),
-                                   data_or_null<const float>(probability, logits.numel()),
+                                   data_or_null<const int64_t>(index, logits.size(0), "index"),
+                                   data_or_null<const float>(probability, logits.numel(), "probability"),
                                    logits.size(1),
                                    label_smoothing,
                                    ignore_index};
   if (const int64_t* target = cpu::out_of_range(rows, logits.size(0))) {
-    throw py::index_error("Target " + std::to_string(*target) + " is out of bounds.");
+    throw py::index_error(class_out_of_range(*target, rows.classes, ignore_index));
   }
   return rows;
 }
@@ -155,10 +164,10 @@ cpu::CrossEntropyRows cross_entropy_rows(const at::Tensor& logits, const py::obj
 void cross_entropy_forward(const py::object& logits, const py::object& index, const py::object& probability,
                            double label_smoothing, int64_t ignore_index, const py::object& losses,
                            const py::object& normalizer) {
-  const at::Tensor& x = unpack(logits);
+  const at::Tensor& x = unpack(logits, "logits");
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
-  float* const losses_out = data<float>(losses, x.size(0));
-  float* const normalizer_out = data<float>(normalizer, 2 * x.size(0));
+  float* const losses_out = data<float>(losses, x.size(0), "losses");
+  float* const normalizer_out = data<float>(normalizer, 2 * x.size(0), "normalizer");
   py::gil_scoped_release release;
   cpu::cross_entropy_forward(*supported_dtype(x), rows, x.size(0), losses_out, normalizer_out);
 }
@@ -166,15 +175,18 @@ void cross_entropy_forward(const py::object& logits, const py::object& index, co
 void cross_entropy_backward(const py::object& grad_losses, const py::object& logits, const py::object& index,
                             const py::object& probability, const py::object& normalizer, double label_smoothing,
                             int64_t ignore_index, const py::object& grad_logits) {
-  const at::Tensor& x = unpack(logits);
+  const at::Tensor& x = unpack(logits, "logits");
   const auto rows = cross_entropy_rows(x, index, probability, label_smoothing, ignore_index);
-  const float* const upstream = data<const float>(grad_losses, x.size(0));
-  const float* const normalizer_in = data<const float>(normalizer, 2 * x.size(0));
-  const at::Tensor& gradient = unpack(grad_logits);
+  const float* const upstream = data<const float>(grad_losses, x.size(0), "grad_losses");
+  const float* const normalizer_in = data<const float>(normalizer, 2 * x.size(0), "normalizer");
+  const at::Tensor& gradient = unpack(grad_logits, "grad_logits");
   const bool fits = gradient.device().is_cpu() && gradient.scalar_type() == x.scalar_type() &&
                     gradient.is_contiguous() && gradient.numel() == x.numel() && has_memory(gradient) &&
                     is_aligned(gradient);
-  if (!fits) throw py::value_error("grad_logits must be contiguous and aligned, with the logits' dtype and size");
+  if (!fits) {
+    throw py::value_error("grad_logits must be contiguous and aligned, with the dtype and size of logits, " +
+                          described(x) + ", got " + described(gradient));
+  }
   void* const out = gradient.mutable_data_ptr();
   py::gil_scoped_release release;
   cpu::cross_entropy_backward(*supported_dtype(x), rows, x.size(0), upstream, normalizer_in, out);
@@ -182,13 +194,17 @@ void cross_entropy_backward(const py::object& grad_losses, const py::object& log
 
 // Both losses are contiguous and float32, or both are float64.
 void select(const py::object& loss_before, const py::object& loss_after, int64_t k, const py::object& indices) {
-  const int64_t samples = unpack(loss_before).numel();
-  if (k < 1 || k > samples) throw py::value_error("k must lie in [1, " + std::to_string(samples) + "]");
-  int64_t* const out = data<int64_t>(indices, k);
-  if (unpack(loss_before).scalar_type() == at::kDouble) {
-    cpu::select(data<const double>(loss_before, samples), data<const double>(loss_after, samples), samples, k, out);
+  const int64_t samples = unpack(loss_before, "loss_before").numel();
+  if (k < 1 || k > samples) {
+    throw py::value_error(c10::str("k must lie in [1, ", samples, "], the number of samples, got ", k));
+  }
+  int64_t* const out = data<int64_t>(indices, k, "indices");
+  if (unpack(loss_before, "loss_before").scalar_type() == at::kDouble) {
+    cpu::select(data<const double>(loss_before, samples, "loss_before"),
+                data<const double>(loss_after, samples, "loss_after"), samples, k, out);
   } else {
-    cpu::select(data<const float>(loss_before, samples), data<const float>(loss_after, samples), samples, k, out);
+    cpu::select(data<const float>(loss_before, samples, "loss_before"),
+                data<const float>(loss_after, samples, "loss_after"), samples, k, out);
   }
 }
 
@@ -199,22 +215,30 @@ bool is_plain(const at::Tensor& tensor) {
 
 // `destinations` hold the rows in the same order of memory as the sources, the batch outermost.
 bool gather(const py::list& sources, const py::list& destinations, const py::object& indices) {
-  const int64_t count = unpack(indices).numel();
-  const int64_t* const index = data<const int64_t>(indices, count);
-  if (destinations.size() != sources.size()) throw py::value_error("as many destinations as sources are needed");
+  const int64_t count = unpack(indices, "indices").numel();
+  const int64_t* const index = data<const int64_t>(indices, count, "indices");
+  if (destinations.size() != sources.size()) {
+    throw py::value_error(c10::str("gather got ", destinations.size(), " destinations for ", sources.size(),
+                                   " sources: as many destinations as sources are needed"));
+  }
   std::vector<cpu::Rows> from;
   std::vector<char*> to;
   for (size_t i = 0; i < sources.size(); ++i) {
-    const at::Tensor& source = unpack(sources[i]);
+    const at::Tensor& source = unpack(sources, i);
     if (source.dim() == 0 || source.size(0) == 0 || !is_plain(source)) return false;
     const int64_t rows = source.size(0);
-    if (!has_memory(source)) throw py::value_error("a tensor to gather from has no memory");
-    const at::Tensor& destination = unpack(destinations[i]);
+    if (!has_memory(source)) throw py::value_error(no_memory(c10::str("sources[", i, "]"), source));
+    const at::Tensor& destination = unpack(destinations, i);
     const bool fits = is_plain(destination) && destination.scalar_type() == source.scalar_type() &&
                       destination.numel() == source.numel() / rows * count && has_memory(destination);
-    if (!fits) throw py::value_error("a destination does not have the dtype and size of the rows that it takes");
+    if (!fits) {
+      throw py::value_error(c10::str("destinations[", i, "] must be a dense ", toString(source.scalar_type()),
+                                     " tensor of ", source.numel() / rows * count, " elements, for ", count,
+                                     " rows of ", described(source), ", got ", described(destination)));
+    }
     const auto outside = [rows](int64_t row) { return row < 0 || row >= rows; };
-    if (std::any_of(index, index + count, outside)) throw py::index_error("index out of range in self");
+    const int64_t* const wrong = std::find_if(index, index + count, outside);
+    if (wrong != index + count) throw py::index_error(row_out_of_range(*wrong, i, rows));
     from.push_back({static_cast<const char*>(source.const_data_ptr()), rows,
                     source.numel() / rows * static_cast<int64_t>(source.element_size())});
     to.push_back(static_cast<char*>(destination.mutable_data_ptr()));
@@ -225,8 +249,8 @@ bool gather(const py::list& sources, const py::list& destinations, const py::obj
 }
 
 void philox_words(uint64_t first_counter, uint64_t step, uint64_t seed, const py::object& words) {
-  const int64_t counters = unpack(words).numel() / 4;
-  int32_t* const out = data<int32_t>(words, 4 * counters);
+  const int64_t counters = unpack(words, "words").numel() / 4;
+  int32_t* const out = data<int32_t>(words, 4 * counters, "words");
   cpu::kernels().philox_words(first_counter, counters, step, seed, reinterpret_cast<uint32_t*>(out));
 }
 

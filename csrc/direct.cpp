@@ -84,9 +84,12 @@ void check_saved(const at::Tensor& logits, const at::Tensor& target, const at::T
   const bool fits = dtype && *dtype != cpu::kFloat64 && count >= 0 && target.scalar_type() == at::kLong &&
                     target.numel() == count && normalizer.scalar_type() == at::kFloat &&
                     normalizer.numel() == 2 * count && is_plain(logits) && is_plain(target) && is_plain(normalizer);
-  TORCH_CHECK_VALUE(fits, "cross_entropy: what it saved for its backward has changed in dtype or size, or was freed");
+  TORCH_CHECK_VALUE(fits,
+                    "cross_entropy: what it saved for its backward has changed in dtype or size, or was freed: leave "
+                    "logits and target as they are between the loss and its backward. Found logits, ",
+                    described(logits), ", and target, ", described(target));
   const int64_t* const wrong = cpu::out_of_range(rows_of(logits, target, 0, ignore_index), count);
-  TORCH_CHECK_INDEX(wrong == nullptr, "Target ", wrong == nullptr ? 0 : *wrong, " is out of bounds.");
+  TORCH_CHECK_INDEX(wrong == nullptr, class_out_of_range(wrong == nullptr ? 0 : *wrong, logits.size(1), ignore_index));
 }
 
 // The tensor, contiguous and aligned to its type.
@@ -146,7 +149,7 @@ py::object cross_entropy(const py::handle& logits_object, const py::handle& targ
   if (!fits) return py::none();
   const auto rows = rows_of(*logits, *target, label_smoothing, ignore_index);
   if (const int64_t* wrong = cpu::out_of_range(rows, logits->size(0))) {
-    throw py::index_error("Target " + std::to_string(*wrong) + " is out of bounds.");
+    throw py::index_error(class_out_of_range(*wrong, rows.classes, ignore_index));
   }
   at::Tensor losses;
   {
@@ -200,7 +203,8 @@ py::object gather(const py::list& tensors, const py::handle& indices_object) {
   const int64_t* const index = indices->const_data_ptr<int64_t>();
   for (const at::Tensor& source : sources) {
     const auto outside = [&source](int64_t row) { return row < 0 || row >= source.size(0); };
-    if (std::any_of(index, index + count, outside)) throw py::index_error("index out of range in self");
+    const int64_t* const wrong = std::find_if(index, index + count, outside);
+    if (wrong != index + count) throw py::index_error(row_out_of_range(*wrong, gathered.size(), source.size(0)));
     auto shape = source.sizes().vec();
     shape[0] = count;
     gathered.push_back(at::empty(shape, source.options().requires_grad(false), format_of_rows(source)));

@@ -16,12 +16,6 @@ const at::Tensor* tensor_at(const py::list& list, Py_ssize_t i) {
   return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
-const at::Tensor& expect_tensor(const py::list& list, Py_ssize_t i) {
-  const at::Tensor* const tensor = tensor_at(list, i);
-  if (tensor == nullptr) throw py::type_error("expected a torch.Tensor");
-  return *tensor;
-}
-
 // Whether tensors[i] lies in memory as params[i] does: same device, layout, dtype, shape and strides, for every i.
 bool are_alike(const py::list& tensors, const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
@@ -50,7 +44,7 @@ bool are_plainly_alike(const py::list& tensors, const py::list& params) {
   if (!are_alike(tensors, params)) return false;
   const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor& tensor = expect_tensor(tensors, i);
+    const at::Tensor& tensor = unpack(tensors, i);
     if (tensor.numel() == 0 || tensor.requires_grad()) return false;
   }
   return true;
@@ -61,7 +55,7 @@ py::list trained(const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
   py::list result;
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor& param = expect_tensor(params, i);
+    const at::Tensor& param = unpack(params, i);
     if (param.requires_grad() && param.is_floating_point()) result.append(i);
   }
   return result;
@@ -72,7 +66,7 @@ py::list addresses(const py::list& tensors) {
   const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
   py::list result(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    result[i] = py::int_(reinterpret_cast<uintptr_t>(expect_tensor(tensors, i).const_data_ptr()));
+    result[i] = py::int_(reinterpret_cast<uintptr_t>(unpack(tensors, i).const_data_ptr()));
   }
   return result;
 }
@@ -96,7 +90,7 @@ class MemoryMarks {
     const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
     places_.reserve(size);
     for (Py_ssize_t i = 0; i < size; ++i) {
-      const at::Tensor& tensor = expect_tensor(tensors, i);
+      const at::Tensor& tensor = unpack(tensors, i);
       places_.push_back({tensor.const_data_ptr(), tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec()});
     }
   }
@@ -105,7 +99,7 @@ class MemoryMarks {
   bool are_all(const py::list& tensors) const {
     if (static_cast<size_t>(PyList_GET_SIZE(tensors.ptr())) != places_.size()) return false;
     for (size_t i = 0; i < places_.size(); ++i) {
-      const at::Tensor& tensor = expect_tensor(tensors, static_cast<Py_ssize_t>(i));
+      const at::Tensor& tensor = unpack(tensors, static_cast<Py_ssize_t>(i));
       const Place& place = places_[i];
       if (tensor.const_data_ptr() != place.address || tensor.scalar_type() != place.dtype) return false;
       if (tensor.sizes() != place.sizes || tensor.strides() != place.strides) return false;
@@ -135,8 +129,11 @@ bool are_same(const py::list& one, const py::list& other) {
 
 // How many hold tensors[i] in Python, and how many its memory; the list is one of the former.
 py::tuple holders(const py::list& tensors, Py_ssize_t i) {
-  if (i < 0 || i >= PyList_GET_SIZE(tensors.ptr())) throw py::index_error("no such tensor in the list");
-  const at::Tensor& tensor = expect_tensor(tensors, i);
+  if (i < 0 || i >= PyList_GET_SIZE(tensors.ptr())) {
+    throw py::index_error(
+        c10::str("there is no such tensor in the list: number ", i, " of ", PyList_GET_SIZE(tensors.ptr())));
+  }
+  const at::Tensor& tensor = unpack(tensors, i);
   return py::make_tuple(Py_REFCNT(PyList_GET_ITEM(tensors.ptr(), i)), tensor.storage().use_count());
 }
 
@@ -190,7 +187,7 @@ py::list gradients(const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
   py::list result(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* const grad = THPVariable_Wrap(expect_tensor(params, i).grad());
+    PyObject* const grad = THPVariable_Wrap(unpack(params, i).grad());
     if (grad == nullptr) throw py::error_already_set();
     result[i] = py::reinterpret_steal<py::object>(grad);
   }
@@ -201,7 +198,7 @@ py::list gradients(const py::list& params) {
 void drop_gradients(const py::list& params) {
   const Py_ssize_t size = PyList_GET_SIZE(params.ptr());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor& param = expect_tensor(params, i);
+    const at::Tensor& param = unpack(params, i);
     if (param.grad().defined()) param.mutable_grad().reset();
   }
 }
@@ -210,7 +207,7 @@ void drop_gradients(const py::list& params) {
 void increment_version(const py::list& tensors) {
   const Py_ssize_t size = PyList_GET_SIZE(tensors.ptr());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor& tensor = expect_tensor(tensors, i);
+    const at::Tensor& tensor = unpack(tensors, i);
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
 }

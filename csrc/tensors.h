@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "refusals.h"
 
 namespace esam {
 
@@ -98,21 +99,20 @@ inline bool has_memory(const at::Tensor& tensor) {
   return storage.data() != nullptr && storage.nbytes() >= static_cast<size_t>(end) * tensor.element_size();
 }
 
-// One tensor. Throws a TypeError for anything else.
-inline const at::Tensor& unpack(const pybind11::handle& object) {
-  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("expected a torch.Tensor");
-  return THPVariable_Unpack(object.ptr());
-}
-
-// The data of one contiguous CPU tensor of at least `numel` elements of T. Throws a ValueError for any other.
+// The data of one contiguous CPU tensor of at least `numel` elements of T, the argument `name`. Throws a ValueError for
+// any other.
 template <typename T>
-inline T* data(const pybind11::handle& object, int64_t numel) {
-  const at::Tensor& tensor = unpack(object);
-  const bool fits = tensor.scalar_type() == c10::CppTypeToScalarType<std::remove_const_t<T>>::value &&
-                    tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
-  if (!fits) throw pybind11::value_error("expected a contiguous CPU tensor of another dtype or length");
-  if (!has_memory(tensor)) throw pybind11::value_error("a tensor has no memory");
-  if (!is_aligned(tensor)) throw pybind11::value_error("the memory of a tensor is not aligned to its dtype");
+inline T* data(const pybind11::handle& object, int64_t numel, const char* name) {
+  const at::Tensor& tensor = unpack(object, name);
+  constexpr c10::ScalarType dtype = c10::CppTypeToScalarType<std::remove_const_t<T>>::value;
+  const bool fits =
+      tensor.scalar_type() == dtype && tensor.device().is_cpu() && tensor.is_contiguous() && tensor.numel() >= numel;
+  if (!fits) {
+    throw pybind11::value_error(c10::str(name, " must be a contiguous ", toString(dtype), " tensor on the CPU of ",
+                                         numel, " elements or more, got ", described(tensor)));
+  }
+  if (!has_memory(tensor)) throw pybind11::value_error(no_memory(name, tensor));
+  if (!is_aligned(tensor)) throw pybind11::value_error(not_aligned(name));
   if constexpr (std::is_const_v<T>) {
     return static_cast<T*>(tensor.const_data_ptr());
   } else {
@@ -122,8 +122,8 @@ inline T* data(const pybind11::handle& object, int64_t numel) {
 
 // The same, or null for None.
 template <typename T>
-inline T* data_or_null(const pybind11::handle& object, int64_t numel) {
-  return object.is_none() ? nullptr : data<T>(object, numel);
+inline T* data_or_null(const pybind11::handle& object, int64_t numel, const char* name) {
+  return object.is_none() ? nullptr : data<T>(object, numel, name);
 }
 
 }  // namespace esam

@@ -54,9 +54,7 @@ def test_a_launch_that_fails_names_the_operator_and_what_cuda_says(backend, emul
 
 
 def test_a_device_that_is_not_there_is_named(emulated):
-    with pytest.raises(
-        RuntimeError, match=r"cudaSetDevice\(7\) failed: cudaErrorInvalidDevice, .*CUDA_VISIBLE"
-    ):
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice\(7\) failed: cudaErrorInvalidDevice, .*CUDA_VISIBLE"):
         emulated.select((7, 0), 0, 0, 2, 1, 0)
 
 

@@ -179,13 +179,13 @@ def test_no_loop_is_given_misaligned_memory():
 def test_the_private_functions_refuse_misaligned_memory():
     """They have nowhere to put a copy of it."""
     logits, index, losses, normalizer = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.zeros(4), torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="not aligned"):
+    with pytest.raises(ValueError, match="is not aligned to its dtype: give a copy"):
         extension.cross_entropy_forward(misaligned(logits), index, None, 0.0, -100, losses, normalizer)
-    with pytest.raises(ValueError, match="not aligned"):
+    with pytest.raises(ValueError, match="is not aligned to its dtype: give a copy"):
         extension.cross_entropy_forward(logits, misaligned(index), None, 0.0, -100, losses, normalizer)
     with pytest.raises(ValueError, match="grad_logits must be contiguous and aligned"):
         extension.cross_entropy_backward(losses, logits, index, None, normalizer, 0.0, -100, misaligned(logits))
-    with pytest.raises(ValueError, match="not aligned"):
+    with pytest.raises(ValueError, match="is not aligned to its dtype: give a copy"):
         extension.select(losses, losses, 1, misaligned(torch.zeros(1, dtype=torch.int64)))
 
 
