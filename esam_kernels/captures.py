@@ -223,8 +223,25 @@ class CapturedNoise:
         self._second = self._generator.clone_state()
 
 
-# Graphs whose capture broke. The allocator may still ask them which stream they belong to.
+# Graphs whose capture broke. torch ends a capture in its allocator of pinned memory only where the capture is whole,
+# and Python has no call for it: that allocator goes on asking the graph, at its address, which stream it records.
 _broken: list[torch.cuda.CUDAGraph] = []
+# What is left of each is some hundred bytes, and a question at each allocation of pinned memory.
+MAX_BROKEN = 64
+
+
+def check_failures() -> None:
+    """Refuse a capture where too many have failed in this process.
+
+    Raises:
+        RuntimeError: it is refused.
+    """
+    if len(_broken) >= MAX_BROKEN:
+        raise RuntimeError(
+            f"{len(_broken)} captures in a CUDA graph have failed in this process, and torch keeps a piece of each: no "
+            "other is tried. Call optimizer.step in place of the graphed step, or mend what the failures named and "
+            "start the program again"
+        )
 
 
 def give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
@@ -235,6 +252,7 @@ def give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Non
         graph.reset()
         return
     torch._C._cuda_releasePool(device.index, pool)
+    graph.reset()
     _broken.append(graph)
 
 

@@ -24,6 +24,7 @@ from esam_kernels.captures import (
     CapturedNoise,
     Captures,
     HostState,
+    check_failures,
     first_cause,
     give_up,
     key_of,
@@ -220,6 +221,7 @@ class _GraphedStep(_EagerStep):
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _capture(self, capture: Capture) -> None:
+        check_failures()
         self.optimizer._phases.drop_gradients()
         before = HostState(self.optimizer)
         graph = torch.cuda.CUDAGraph()

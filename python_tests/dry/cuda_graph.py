@@ -183,7 +183,7 @@ class Graph:
         self._device = device
         self._states: list[_State] = []
         self.recorder = _Recorder(device)
-        self.is_broken = False
+        self.is_broken = self._is_whole = False
 
     def register_generator_state(self, generator: Generator) -> None:
         self._states.append(generator.state)
@@ -207,11 +207,15 @@ class Graph:
         if self.is_broken:
             raise RuntimeError("operation failed due to a previous error during capture")
         self._device.open_pools -= 1
+        self._is_whole = True
         for state in self._states:
             state.is_capturing = False
 
     def reset(self) -> None:
-        self._device.users_of_pools -= 1
+        """Lets go of what was recorded, and of the pool where the capture has ended as it should."""
+        self.recorder = _Recorder(self._device)
+        self._device.users_of_pools -= self._is_whole
+        self._is_whole = False
 
     def replay(self) -> None:
         self._device.replays += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import cuda_graph
 import pytest
@@ -13,7 +15,7 @@ from steps import Training, batches
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from esam_kernels import ESAM, cross_entropy, make_graphed_step
+from esam_kernels import ESAM, captures, cross_entropy, make_graphed_step
 from esam_kernels.backends import unavailable
 from esam_kernels.captures import HostState
 from esam_kernels.graphs import WARMUP_STEPS
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable("native", CPU) is not None, reason="
 
 @pytest.fixture
 def gpu(monkeypatch):
+    monkeypatch.setattr(captures, "_broken", [])
     return cuda_graph.install(monkeypatch)
 
 
@@ -99,6 +102,46 @@ def test_after_a_failed_capture_training_goes_on_as_if_it_had_not_been_tried(gpu
     pair.step, failing.is_on = step, False
     pair.run(4)
     assert gpu.replays >= 2
+
+
+def test_of_a_broken_capture_an_empty_graph_is_kept_and_of_one_that_was_whole_nothing(gpu):
+    """torch's allocator of pinned memory holds the address of a graph whose capture broke."""
+    for what, kept in ((".item()", 2), ("an error of its own", 0)):
+        captures._broken.clear()
+        failing = Failing(gpu, WHAT[what], 1, mask="element")
+        failing.pair.run(WARMUP_STEPS)
+        graphs, recorded = [], []
+        for _ in range(2):
+            failing.calls = 0
+            with pytest.raises(RuntimeError, match="cannot be captured"):
+                failing.pair.step(*batches(CPU, 1)[0])
+            graphs.append(weakref.ref(gpu.captures.pop()))
+            recorded.append(len(graphs[-1]().recorder.calls) if graphs[-1]() is not None else 0)
+            failing.pair.run(1)
+        gc.collect()
+        assert len(captures._broken) == kept
+        assert sum(graph() is not None for graph in graphs) == kept
+        assert recorded == [0, 0]
+
+
+def test_after_many_broken_captures_no_other_is_tried(gpu, monkeypatch):
+    monkeypatch.setattr(captures, "MAX_BROKEN", 2)
+    failing = Failing(gpu, WHAT[".item()"], 1, mask="element")
+    pair = failing.pair
+    pair.run(WARMUP_STEPS)
+    for _ in range(2):
+        failing.calls = 0
+        with pytest.raises(RuntimeError, match="cannot be captured"):
+            pair.step(*batches(CPU, 1)[0])
+        pair.run(1)
+    failing.calls = 0
+    message = "2 captures in a CUDA graph have failed in this process.* Call optimizer.step in place of the graphed"
+    for _ in range(3):
+        with nothing_changes(pair.graphed), pytest.raises(RuntimeError, match=message):
+            pair.step(*batches(CPU, 1)[0])
+    assert (len(captures._broken), len(gpu.captures), failing.calls) == (2, 2, 0)
+    pair.step = lambda *given: pair.graphed.step(given)
+    pair.run(2)
 
 
 def test_a_failed_capture_leaves_the_history_of_the_ascent(gpu):
