@@ -42,5 +42,6 @@ class Recorder:
 
     def take(self) -> list[Call]:
         """The calls since the last time."""
-        calls, self.calls = self.calls, []
+        calls = list(self.calls)
+        self.calls.clear()
         return calls

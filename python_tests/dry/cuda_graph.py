@@ -1,9 +1,10 @@
 """A stand-in for CUDA graphs: a capture records the operators of a step and computes nothing, a replay runs them again.
 
-As in a graph, a replay takes the addresses and the numbers of the capture. Memory outside the graph is not kept alive,
-and a replay that would touch memory which is freed raises. What a capture forbids raises and breaks the capture:
-waiting for the device, copies from ordinary memory of the host, pinning memory. Random numbers behave as those of torch
-2.11: a capture that fails leaves the generator "capturing".
+As in a graph, a replay takes the addresses and the numbers of the capture. Memory outside the graph is not kept alive.
+Before each replay of a graphed step graph_checks.py looks at that memory, and compares what the graph holds with what a
+step would pass at that time. What a capture forbids raises and breaks the capture: waiting for the device, copies from
+ordinary memory of the host, pinning memory. Random numbers behave as those of torch 2.11: a capture that fails leaves
+the generator "capturing".
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from graph_checks import Call, Ledger, Outside, check_arguments, check_memory, key_of
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from esam_kernels import graphs, uploads
+from esam_kernels.captures import Capture, Captures
 
 aten = torch.ops.aten
 _WAITING = {
@@ -31,25 +35,20 @@ _WAITING = {
 _WRITTEN_UNSAID = ("running_mean", "running_var")
 
 
-class FreedMemoryError(AssertionError):
-    """A replay touches memory that nobody owns any more."""
+class _Temporaries(TorchDispatchMode):
+    """Notes the memory that an operator takes for itself while it runs."""
 
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
 
-@dataclass
-class _Outside:
-    """A tensor in memory that is not the graph's: its address and geometry."""
-
-    storage: StorageWeakRef
-    dtype: torch.dtype
-    offset: int
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    def tensor(self) -> Tensor:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-        if storage is None:
-            raise FreedMemoryError(f"a graph touches freed memory: {self.dtype} {tuple(self.size)}")
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {key_of(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and key_of(leaf) not in given:
+                self._ledger.note(leaf, is_pool=True)
+        return result
 
 
 class _Recorder(TorchDispatchMode):
@@ -57,6 +56,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._device = device
         self.calls: list[Callable[[], None]] = []
+        self.ledger = Ledger()
         self._inside: dict[int, Tensor] = {}  # by storage: memory of the graph, which it keeps
         self._of_host: set[int] = set()  # storages that were filled from Python numbers
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # memory outside as it was before the capture
@@ -65,24 +65,24 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self._refuse(func, args, kwargs)
         self._save_what_is_written(func, args, kwargs)
-        result = func(*args, **kwargs)
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.ledger.note(tensor, is_pool=key_of(tensor) in self._inside)
+        launches = len(self._device.launches)
+        with _Temporaries(self.ledger):
+            result = func(*args, **kwargs)
         made = []
         for tensor in pytree.tree_leaves(result):
-            is_ours = isinstance(tensor, Tensor) and _key(tensor) not in self._keys_of(args, kwargs)
+            is_ours = isinstance(tensor, Tensor) and key_of(tensor) not in self._keys_of(args, kwargs)
             if is_ours:
-                self._inside.setdefault(_key(tensor), tensor.detach())
-            made.append(tensor.detach() if isinstance(tensor, Tensor) and _key(tensor) in self._inside else None)
+                self._inside.setdefault(key_of(tensor), tensor.detach())
+                self.ledger.note(tensor, is_pool=True)
+            made.append(tensor.detach() if isinstance(tensor, Tensor) and key_of(tensor) in self._inside else None)
         if func is aten.lift_fresh.default:
-            self._of_host.add(_key(result))
+            self._of_host.add(key_of(result))
         packed_args, packed_kwargs = pytree.tree_map_only(Tensor, self._pack, (args, kwargs))
-
-        def call() -> None:
-            given, named = pytree.tree_map_only(_Outside, _Outside.tensor, (packed_args, packed_kwargs))
-            for before, now in zip(made, pytree.tree_leaves(func(*given, **named)), strict=True):
-                if before is not None and _key(before) != _key(now):
-                    before.copy_(now)
-
-        self.calls.append(call)
+        launched = [self.ledger.resolve(launch) for launch in self._device.launches[launches:]]
+        self.calls.append(Call(func, packed_args, packed_kwargs, made, launched))
         return result
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -90,10 +90,10 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError("operation failed due to a previous error during capture")
         if kwargs.get("pin_memory"):
             self._device.refuse(_WAITING[aten._pin_memory.default])
-        reads_host = any(isinstance(a, Tensor) and _key(a) in self._of_host for a in pytree.tree_leaves(args[1:2]))
-        if func is aten.copy_.default and reads_host and _key(args[0]) not in self._of_host:
+        reads_host = any(isinstance(a, Tensor) and key_of(a) in self._of_host for a in pytree.tree_leaves(args[1:2]))
+        if func is aten.copy_.default and reads_host and key_of(args[0]) not in self._of_host:
             self._device.refuse("a copy from ordinary memory of the host")
-        is_of_host = bool(args) and isinstance(args[0], Tensor) and _key(args[0]) in self._of_host
+        is_of_host = bool(args) and isinstance(args[0], Tensor) and key_of(args[0]) in self._of_host
         if func in _WAITING and not is_of_host:
             self._device.refuse(_WAITING[func])
         indices = pytree.tree_leaves(args[1:2]) if func is aten.index.Tensor else []
@@ -106,9 +106,9 @@ class _Recorder(TorchDispatchMode):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written or argument.name in _WRITTEN_UNSAID:
                 for tensor in pytree.tree_leaves(value):
-                    if isinstance(tensor, Tensor) and _key(tensor) not in {*self._inside, *self._saved}:
+                    if isinstance(tensor, Tensor) and key_of(tensor) not in {*self._inside, *self._saved}:
                         whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-                        self._saved[_key(tensor)] = whole, whole.clone()
+                        self._saved[key_of(tensor)] = whole, whole.clone()
 
     def undo(self) -> None:
         """A capture has computed nothing."""
@@ -117,17 +117,10 @@ class _Recorder(TorchDispatchMode):
         self._saved.clear()
 
     def _keys_of(self, *arguments: Any) -> set[int]:
-        return {_key(tensor) for tensor in pytree.tree_leaves(arguments) if isinstance(tensor, Tensor)}
+        return {key_of(tensor) for tensor in pytree.tree_leaves(arguments) if isinstance(tensor, Tensor)}
 
     def _pack(self, tensor: Tensor) -> Any:
-        if _key(tensor) in self._inside:
-            return tensor.detach()
-        storage = StorageWeakRef(tensor.untyped_storage())
-        return _Outside(storage, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        return tensor.detach() if key_of(tensor) in self._inside else Outside.of(tensor)
 
 
 @dataclass
@@ -197,11 +190,12 @@ class Graph:
         self._device.graph = self
         self._device.open_pools += 1
         self._device.users_of_pools += 1
+        self._device.recorder = self.recorder
         self.recorder.__enter__()
 
     def capture_end(self) -> None:
         self.recorder.__exit__(None, None, None)
-        self._device.graph = None
+        self._device.graph = self._device.recorder = None
         self.recorder.undo()
         torch.set_rng_state(self._numbers)
         if self.is_broken:
@@ -241,6 +235,14 @@ class Device:
     """Graphs and captures that hold a pool of memory."""
     on_host: list[Tensor] = field(default_factory=list)
     """Tensors that are not on the device."""
+    launches: list[Any] = field(default_factory=list)
+    """Where another stand-in notes launches of kernels, in order."""
+    other_logs: list[list[Any]] = field(default_factory=list)
+    """What else is noted elsewhere, and is to say nothing of the captures that only check a graph."""
+    compared: list[Tensor] = field(default_factory=list)
+    """The memory that the step has compared with a graph's before its next replay."""
+    recorder: _Recorder | None = None
+    """What records operators now."""
 
     def __post_init__(self) -> None:
         self.generator = Generator(self, _State(torch.get_rng_state()))
@@ -250,6 +252,24 @@ class Device:
         if self.graph is not None:
             self.graph.is_broken = True
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+    def check(self, step: Any, capture: Any) -> None:
+        """Look at what a graph touches and holds, before the replay ``capture`` of a graphed step."""
+        calls = capture.graph.recorder.calls
+        inputs = [leaf for leaf in pytree.tree_leaves(step._inputs) if isinstance(leaf, Tensor)]
+        check_memory(calls, {key_of(tensor) for tensor in [*self.compared, *inputs]})
+        check_arguments(calls, self._calls_of_a_step(step))
+
+    def _calls_of_a_step(self, step: Any) -> list[Any]:
+        """What a step on the held inputs calls now, as a capture sees it. Nothing is left of that capture."""
+        logs = [self.launches, self.modes, self.captures, *self.other_logs]
+        before, fresh = [list(log) for log in logs], Capture(None)
+        step._capture(fresh)
+        for log, noted in zip(logs, before):
+            log[:] = noted
+        calls = fresh.graph.recorder.calls
+        fresh.graph.reset()
+        return calls
 
     def new_graph(self) -> Graph:
         self.captures.append(Graph(self))
@@ -331,6 +351,24 @@ def install(patch: Any) -> Device:
         "default_generators": (device.generator,),
     }.items():
         patch.setattr(torch.cuda, name, value)
+    replay, find, keep = graphs._GraphedStep._replay, Captures.find, uploads.keep
+
+    def checked_replay(step: Any, capture: Any) -> Any:
+        device.check(step, capture)
+        return replay(step, capture)
+
+    def noted_find(captures: Any, key: Any, memory: Any) -> Any:
+        device.compared = list(memory)
+        return find(captures, key, memory)
+
+    def noted_keep(*memory: Tensor) -> None:
+        keep(*memory)
+        for tensor in memory:
+            device.recorder.ledger.keep(tensor)
+
+    patch.setattr(graphs._GraphedStep, "_replay", checked_replay)
+    patch.setattr(Captures, "find", noted_find)
+    patch.setattr(uploads, "keep", noted_keep)
     patch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocations, raising=False)
     patch.setattr(torch._C, "_cuda_releasePool", device.release_pool, raising=False)
     return device

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -30,6 +31,9 @@ class Pointer:
 
     address: int
     dtype: torch.dtype
+    storage: StorageWeakRef | None = field(default=None, compare=False)
+    numbers: tuple[int, ...] | None = field(default=None, compare=False)
+    """What a table holds, where :attr:`StandIn.reads_tables`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class StandIn:
     launches: list[Launch] = field(default_factory=list)
     uploads: list[int] = field(default_factory=list)
     listeners: list[Callable[[str, Any], None]] = field(default_factory=list)
+    reads_tables: bool = False
 
     def note(self, kind: str, what: Any) -> None:
         lists = {"compile": self.compilations, "load": self.loads, "launch": self.launches, "upload": self.uploads}
@@ -129,14 +134,21 @@ class Driver:
             arguments = dict(zip(names, rest[-len(names) :], strict=True))
             if source.fn.__name__ in EFFECTS:
                 EFFECTS[source.fn.__name__](arguments)
-            recorded = {name: _recorded(value) for name, value in arguments.items()}
+            tables = TABLES if self._stand_in.reads_tables else ()
+            recorded = {name: _recorded(value, name in tables) for name, value in arguments.items()}
             self._stand_in.note("launch", Launch(source.fn.__name__, (grid_0, grid_1, grid_2), recorded))
 
         return launch
 
 
-def _recorded(value: Any) -> Any:
-    return Pointer(value.data_ptr(), value.dtype) if isinstance(value, torch.Tensor) else value
+TABLES = ("addresses_ptr", "layout_ptr")
+
+
+def _recorded(value: Any, is_table: bool) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    numbers = tuple(value.tolist()) if is_table else None
+    return Pointer(value.data_ptr(), value.dtype, StorageWeakRef(value.untyped_storage()), numbers)
 
 
 def kernels() -> Iterator[JITFunction]:

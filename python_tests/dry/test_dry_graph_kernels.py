@@ -38,11 +38,16 @@ PLANS = {
 UPDATES = {"SGD": "restore_sgd", "AdamW": "restore_adam"}
 
 
-@pytest.fixture
-def gpu(monkeypatch, stand_in):
-    """Both stand-ins: compiling or loading a kernel breaks a capture."""
+def install_both(monkeypatch, stand_in):
+    """Both stand-ins: compiling or loading a kernel breaks a capture, and tables go where a graph reads them."""
     gpu = cuda_graph.install(monkeypatch)
+    stand_in.reads_tables = True
+    gpu.launches, gpu.other_logs = stand_in.launches, [stand_in.uploads]
     monkeypatch.setitem(BASES, "AdamW", capturable_adamw)
+    monkeypatch.setattr(uploads, "capturing", lambda device: gpu.graph is not None)
+    monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(uploads, "_keepers", [[]])
+    monkeypatch.setattr(uploads, "_staging", [])
 
     def forbid(kind, what):
         if kind in ("compile", "load") and gpu.graph is not None:
@@ -50,6 +55,11 @@ def gpu(monkeypatch, stand_in):
 
     stand_in.listeners.append(forbid)
     return gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch, stand_in):
+    return install_both(monkeypatch, stand_in)
 
 
 def steps_and_compares(gpu, stand_in, device, plan, base, mask):
@@ -87,10 +97,6 @@ def test_a_replay_of_every_plan_launches_what_the_plan_says(gpu, stand_in, devic
 
 def test_tables_go_with_their_graphs(gpu, stand_in, device, monkeypatch):
     """A training that loads a state again and again captures anew each time, and keeps the tables of one graph."""
-    monkeypatch.setattr(uploads, "capturing", lambda device: gpu.graph is not None)
-    monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    monkeypatch.setattr(uploads, "_keepers", [[]])
-    monkeypatch.setattr(uploads, "_staging", [])
     kept, keep = [], uploads.keep
 
     def seen(*memory):
