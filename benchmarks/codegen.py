@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from esam_kernels.backends.reference import NUM_PARTIALS  # noqa: E402
 from esam_kernels.backends.triton import adam, blocks, cross_entropy, norm, perturb, select_gather, update  # noqa: E402
 
+MODULES = (norm, perturb, update, adam, cross_entropy, select_gather)
 SUMMARY = Path(__file__).with_name("codegen_summary.json")
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

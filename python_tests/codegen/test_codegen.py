@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from benchmarks import codegen  # noqa: E402
 from esam_kernels import backends  # noqa: E402
@@ -166,3 +166,13 @@ def test_committed_summary_is_what_is_compiled_now(summary):
     assert set(committed["kernels"]) == set(CASES)
     if committed["triton"] == triton.__version__:
         assert committed == summary, "run `make codegen`"
+
+
+def test_a_default_of_a_constant_is_a_constant():
+    """Triton 3.6 hands the default of a device function on as it is, and compiles no kernel that uses a plain one."""
+    modules = (blocks, *codegen.MODULES)
+    functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
+    defaults = [(kernel.__name__, param) for kernel in functions for param in kernel.params if param.is_constexpr]
+    defaults = [(name, param.name, param.default) for name, param in defaults if param.has_default]
+    assert {(name, parameter) for name, parameter, _ in defaults} == {("load_tile", "POLICY"), ("store_tile", "POLICY")}
+    assert all(isinstance(default, triton.language.constexpr) for *_, default in defaults)

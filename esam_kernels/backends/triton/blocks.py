@@ -35,6 +35,7 @@ TABLES_KEPT = 64  # a few KiB each; a step has some ten, and a draw of tensors (
 
 # The policy of tiles that nothing reads again before a whole forward pass: they leave the caches before others do.
 ONCE = tl.constexpr("evict_first")
+NO_POLICY = tl.constexpr("")  # Triton 3.6 hands a default on as it is: a plain string is no constant there
 
 # Rows of the address table.
 ALIGNMENT = tl.constexpr(0)
@@ -231,7 +232,7 @@ def load_tile(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr = NO_POLICY,
 ):
     """The elements of a block, 0 past the end of the tensor."""
     pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
@@ -253,7 +254,7 @@ def store_tile(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORIZED: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr = NO_POLICY,
 ):
     pointers = tile_pointers(addresses_ptr, num_tensors, LIST, start, DTYPE, BLOCK, VECTORIZED)
     if VECTORIZED:
