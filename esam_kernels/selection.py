@@ -330,6 +330,16 @@ def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
     return losses, rest
 
 
+def num_ascent(share: float, samples: int) -> int:
+    """How many samples pass 1 takes: round(share b), but at least 2, which BatchNorm needs to normalize."""
+    return min(samples, max(2, round(share * samples)))
+
+
+def samples_between(batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
+    """The samples [start, stop) of each tensor, as views."""
+    return pytree.tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, batch)  # type: ignore[no-any-return]
+
+
 def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ...]]:
     """The batch in parts of at most ``micro_batch`` samples, in order; None: in one part.
 
@@ -341,9 +351,4 @@ def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ..
     if not isinstance(micro_batch, int) or micro_batch < 1:
         raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
     samples = batch_size(batch)
-
-    def part(first: int) -> tuple[Any, ...]:
-        stop = min(first + micro_batch, samples)
-        return pytree.tree_map(lambda leaf: leaf[first:stop] if isinstance(leaf, Tensor) else leaf, batch)
-
-    return [part(first) for first in range(0, samples, micro_batch)]
+    return [samples_between(batch, first, first + micro_batch) for first in range(0, samples, micro_batch)]

@@ -17,8 +17,8 @@ from esam_kernels.base_optimizer import group_defaults
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
 from esam_kernels.settings import Settings, check
 
-VERSION = 2
-"""1, which is not written down, had neither ``version`` nor ``ascent`` nor ``ranking``."""
+VERSION = 3
+"""1, which is not written down, had neither ``version`` nor ``ascent`` nor ``ranking``; 2 had no ``ascent_share``."""
 
 _SETTINGS = tuple(field.name for field in fields(Settings))
 # These are chosen when an optimizer is built, not taken from a checkpoint.

@@ -22,7 +22,17 @@ from option_types import phase, positive_int, radius, seed_number, share, worker
 from progress import Progress
 from recipes import RECIPES, parse_with_recipe, recipe_name
 from report import Result, learned, plot, summarise, table, write_json
-from trainer import DEFAULT_RHO, DEFAULT_RHO_ASAM, ONE_PASS, OPTIMIZERS, PERTURBED, RANKED, Trainer, gamma_of
+from trainer import (
+    DEFAULT_RHO,
+    DEFAULT_RHO_ASAM,
+    ONE_PASS,
+    OPTIMIZERS,
+    PERTURBED,
+    RANKED,
+    SHORT_ASCENT,
+    Trainer,
+    gamma_of,
+)
 
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.ascent import DEFAULT_RHO as DEFAULT_RHOS
@@ -97,6 +107,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--gamma", type=float, help="ESAM: share of the batch in pass 2 (default 0.5; one pass: always 1)"
     )
     training.add_argument(
+        "--ascent-share",
+        type=float,
+        default=1.0,
+        help="esam, esam-swp: share of the batch in pass 1 (default 1); below 1 pass 2 takes the whole batch (gamma 1)",
+    )
+    training.add_argument(
         "--gamma-warmup", type=share, default=0.5, help="share of the steps over which gamma falls from 1 (default 0.5)"
     )
     training.add_argument("--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws")
@@ -139,6 +155,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         if options.ranking != RECIPES.get(options.recipe, {}).get("ranking"):  # else nobody has asked for it
             parser.error(f"--ranking is for --optimizer {' or '.join(sorted(RANKED))}")
         options.ranking = "rise"
+    if options.ascent_share != 1.0 and not set(options.optimizer) & SHORT_ASCENT:
+        if options.ascent_share != RECIPES.get(options.recipe, {}).get("ascent_share"):
+            parser.error(f"--ascent-share is for --optimizer {' or '.join(sorted(SHORT_ASCENT))}")
+        options.ascent_share = 1.0
     if options.lr_warmup >= options.epochs:
         parser.error(f"--lr-warmup {options.lr_warmup:g} leaves nothing of {options.epochs} epochs")
     if options.label_noise is None:

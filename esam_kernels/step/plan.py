@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esam_kernels.selection import batch_size, losses_and_rest, num_selected
+from esam_kernels.selection import batch_size, losses_and_rest, num_ascent, num_selected, samples_between
 from esam_kernels.step.grad_scaler import nan_unless_finite, scaled
 from esam_kernels.step.phases import Phases
 from esam_kernels.tensor_lists import drop_gradients, gradients
@@ -21,7 +21,7 @@ from esam_kernels.tensor_lists import drop_gradients, gradients
 Losses = Callable[..., Any]
 Parts = list[tuple[Any, ...]]
 Results = list[tuple[Tensor, Any]]
-"""For each part of the batch its mean loss at w, detached, and what else the closure returned."""
+"""For each part of the batch its mean loss, detached, and what else the closure returned, both of one pass."""
 
 _BASE_FORWARDS = 3.0
 
@@ -88,13 +88,13 @@ class TwoPasses:
     """Algorithm 1: the gradient at w, the perturbation, the choice of B+, and the gradient of B+ at w + e."""
 
     def forwards(self, phases: Phases) -> float:
-        """Pass 1 with the weight gradients of what is drawn, the look at the losses at w + e, and pass 2 over B+."""
+        """Pass 1 with the weight gradients of what is drawn, on its share of the batch; the look; pass 2 over B+."""
         perturbation, settings = phases.perturbation, phases.perturbation.settings
         trained = sum(perturbation.params[i].numel() for i in perturbation.trained())
         candidates = sum(perturbation.params[i].numel() for i in perturbation.candidates())
         drawn = candidates / max(1, trained) * (settings.beta if settings.mask == "tensor" else 1.0)
         look = 1.0 if settings.gamma < 1.0 and phases.ranking.looks_again else 0.0
-        return 2.0 + drawn + look + _BASE_FORWARDS * settings.gamma
+        return settings.ascent_share * (2.0 + drawn) + look + _BASE_FORWARDS * settings.gamma
 
     def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
         """Each part from the clean weights, with a perturbation and a B+ of its own; w is left at the last one's w + e.
@@ -128,9 +128,12 @@ class TwoPasses:
         alone = phases.parallelism.without_synchronization
         samples = batch_size(batch)
         noise = phases.noise() if phases.ranking.looks_again else None
+        share = phases.perturbation.settings.ascent_share
+        first = num_ascent(share, samples) if share < 1.0 else samples
 
         with alone():
-            loss_before, rest = losses_and_rest(losses(*batch), samples)
+            ascent_batch = batch if first == samples else samples_between(batch, 0, first)
+            loss_before, rest = losses_and_rest(losses(*ascent_batch), first)
             drop_gradients(phases.perturbation.params)  # those of an attack inside the closure
             loss = loss_before.mean()
             phases.backward(scaled(loss, scaler))
@@ -147,10 +150,12 @@ class TwoPasses:
             batch = chosen if len(batch) > 1 else (chosen,)
 
         with contextlib.nullcontext() if is_last else alone():
-            loss_selected, _ = losses_and_rest(losses(*batch), k)
+            loss_selected, rest_selected = losses_and_rest(losses(*batch), k)
             for param, grad in zip(phases.perturbation.params, summed):
                 param.grad = grad
             loss_selected = loss_selected.mean()
+            if first < samples:  # only pass 2 has seen the whole batch
+                loss, rest = loss_selected, rest_selected
             if k != selected_in_all:
                 loss_selected = loss_selected * (k / selected_in_all)
             if scaler is not None and scaler.is_enabled():

@@ -58,6 +58,11 @@ def test_first_order_ranks_each_ranks_own_batch(swp: dict[str, Any]) -> None:
     assert_same(got, train_alone({**SGD, **swp}, 10, scores=scores))
 
 
+def test_pass_1_takes_the_first_part_of_each_ranks_batch() -> None:
+    options = {**SGD, **ELEMENT, "gamma": 1.0, "ascent_share": 0.5}
+    assert_same(run_ranks(train_on_ranks, "fsdp", options, 10, {}), train_alone(options, 10))
+
+
 def test_random_draws_the_same_samples_on_every_rank() -> None:
     options = {**SGD, **TENSOR}
     got = run_ranks(train_on_ranks, "fsdp", {**options, "ranking": "random"}, 10, {})

@@ -116,7 +116,7 @@ def train_alone(
                 optimizer.restore()
             micro = [(inputs.chunk(parts)[number], targets.chunk(parts)[number]) for inputs, targets in step]
             optimizer.zero_grad()
-            before = [losses(*part) for part in micro]
+            before = [losses(*first_part(optimizer, part)) for part in micro]
             ranked = [scores(model, *part) for part in micro] if scores else []
             optimizer.backward(torch.cat(before).mean())
             optimizer.first_step(zero_grad=True)
@@ -124,7 +124,9 @@ def train_alone(
                 looks_again = optimizer._phases.ranking.looks_again
                 after = ranked or [losses(*part) if looks_again else None for part in micro]
                 before = [torch.zeros_like(score) for score in ranked] or before
-            chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
+            chosen = micro
+            if optimizer.ascent_share == 1.0:
+                chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
             losses(*joined(chosen)).mean().backward()
             sums = [total + param.grad / parts for total, param in zip(sums, model.parameters())]
         for param, total in zip(model.parameters(), sums):
@@ -133,6 +135,12 @@ def train_alone(
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.second_step(zero_grad=True)
     return weights(model)
+
+
+def first_part(optimizer: ESAM, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What pass 1 takes of a batch."""
+    count = round(optimizer.ascent_share * len(batch[0]))
+    return tuple(tensor[:count] for tensor in batch)
 
 
 def head_products(model: nn.Module, inputs: Tensor, targets: Tensor, eta: float | None = None) -> Tensor:
@@ -182,14 +190,15 @@ def train_replicas(options: dict[str, Any], steps: int, ranks: int = 2, parts_pe
 
 def _second_gradients(model: nn.Module, optimizer: ESAM, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
     losses = losses_of(model)
-    before = losses(*batch)
+    before = losses(*first_part(optimizer, batch))
     optimizer.backward(before.mean())
     optimizer.first_step(zero_grad=True)
     after = None
     if optimizer._phases.ranking.looks_again:
         with torch.no_grad():
             after = losses(*batch)
-    losses(*optimizer.select(before, after, *batch)).mean().backward()
+    chosen = optimizer.select(before, after, *batch) if optimizer.ascent_share == 1.0 else batch
+    losses(*chosen).mean().backward()
     grads = [param.grad for param in model.parameters()]
     optimizer.zero_grad()
     return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(model.parameters(), grads)]

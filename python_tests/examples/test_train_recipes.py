@@ -56,12 +56,14 @@ def test_there_is_a_recipe_for_each_model_data_set_and_optimizer():
 
 
 @pytest.mark.parametrize("model", ["cifar10-resnet18", "cifar100-wrn28-10", "imagenet-vit-s16"])
-def test_the_fast_recipe_is_esams_with_a_cheap_ranking_over_normalization_layers(model):
-    fast, esam = (vars(train.parse_options(["--recipe", f"{model}-{name}"])) for name in ("esam-fast", "esam"))
-    assert {name: value for name, value in fast.items() if value != esam[name]} == {
+def test_the_fast_recipe_is_sams_with_a_short_pass_1(model):
+    fast, sam = (vars(train.parse_options(["--recipe", f"{model}-{name}"])) for name in ("esam-fast", "sam"))
+    assert {name: value for name, value in fast.items() if value != sam[name]} == {
         "recipe": f"{model}-esam-fast",
-        "ranking": "first_order",
-        "perturb": "normalization",
+        "optimizer": ["esam"],
+        "beta": 1.0,
+        "gamma": 1.0,
+        "ascent_share": 0.25,
     }
 
 

@@ -69,8 +69,9 @@ def test_state_holds_seed_step_and_hyperparameters_and_no_backups():
     run(model, optimizer, 0, 2)
     state = optimizer.state_dict()
     assert state["esam"] == {
-        "version": 2,
+        "version": 3,
         "ascent": "current",
+        "ascent_share": 1.0,
         "ranking": "rise",
         "seed": 3,
         "step": 2,

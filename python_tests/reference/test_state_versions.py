@@ -49,7 +49,7 @@ def test_the_ranking_is_saved_by_name_and_travels_through_a_file(name, where):
     _, optimizer = after_two_steps(ranking=RANKINGS.get(name, ByTarget()), gamma=0.5)
     saved = through_a_file(optimizer.state_dict())
     noted = saved["esam"] if where == "esam" else saved["param_groups"][0]["esam"]
-    assert (noted["ranking"], noted["ascent"], noted["version"]) == (name, "current", 2)
+    assert (noted["ranking"], noted["ascent"], noted["version"]) == (name, "current", 3)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -112,32 +112,32 @@ def test_the_way_round_the_refusal_that_the_message_names_works():
 def test_entries_of_a_newer_version_are_named_with_both_versions_and_change_nothing(where):
     model, optimizer = after_two_steps()
     state = copy.deepcopy(optimizer.state_dict())
-    newer = {"version": 3, "warp": 9, "bend": "left"}
+    newer = {"version": 4, "warp": 9, "bend": "left"}
     if where == "esam":
         state["esam"].update(newer)
     else:
         del state["esam"]
         for group in state["param_groups"]:
             group["esam"].update(newer)
-    message = r"unknown ESAM entries: \['bend', 'warp'\] \(it is of version 3, this package writes 2\)"
+    message = r"unknown ESAM entries: \['bend', 'warp'\] \(it is of version 4, this package writes 3\)"
     oracles.assert_refused(lambda: optimizer.load_state_dict(state), ValueError, message, model, optimizer)
 
 
 def test_a_newer_version_without_new_entries_is_taken_over():
     _, optimizer = after_two_steps(seed=4)
     state = copy.deepcopy(optimizer.state_dict())
-    state["esam"]["version"] = 3
+    state["esam"]["version"] = 4
     _, other = build()
     other.load_state_dict(state)
-    assert (other.state_dict()["esam"]["seed"], other.state_dict()["esam"]["version"]) == (4, 2)
+    assert (other.state_dict()["esam"]["seed"], other.state_dict()["esam"]["version"]) == (4, 3)
 
 
 def test_a_checkpoint_of_version_1_is_taken_over_without_a_warning():
-    """It had neither version nor ascent nor ranking."""
+    """It had neither version nor ascent nor ranking; version 2 had no ascent_share."""
     _, optimizer = after_two_steps(seed=4)
     state = copy.deepcopy(optimizer.state_dict())
     for noted in (state["esam"], *(group["esam"] for group in state["param_groups"])):
-        for name in ("version", "ascent", "ranking"):
+        for name in ("version", "ascent", "ranking", "ascent_share"):
             del noted[name]
     _, other = build(ranking="first_order")
     with warnings.catch_warnings():
