@@ -77,7 +77,8 @@ def pointer_to(dtype: torch.dtype) -> str:
 
 
 def streaming(name: str, kernel: Any, dtype: torch.dtype, accesses: int, bits: bool = False, **constants: Any) -> Case:
-    block = blocks.block_size(dtype)
+    block_bytes = adam.block_bytes(dtype) if kernel is adam.restore_adam_kernel else blocks.BLOCK_BYTES
+    block = blocks.block_size(dtype, block_bytes)
     constants["DTYPE"] = update.BITS[dtype.itemsize] if bits else blocks.TRITON_DTYPES[dtype]
     constants["BLOCK"] = block
     if "NUM_PARTIALS" in kernel.arg_names:

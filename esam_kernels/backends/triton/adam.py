@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from esam_kernels import uploads
 from esam_kernels.backends.triton.blocks import (
+    BLOCK_BYTES,
     FIRST_LIST,
     MASKED_BLOCK,
     ONCE,
@@ -161,6 +162,11 @@ def restore_adam_kernel(
                 )
 
 
+def block_bytes(dtype: torch.dtype) -> int:
+    """Half of it for 16 bits: a thread would hold 32 elements, in float32, for which Triton 3.8 takes 168 registers."""
+    return BLOCK_BYTES // 2 if dtype.itemsize == 2 else BLOCK_BYTES
+
+
 def restore_adam_(
     params: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -189,6 +195,7 @@ def restore_adam_(
         blocks = table(
             [pick(tensors, indices) for tensors in lists],
             scalars=[counter.data_ptr() for counter in counters],
+            block_bytes=block_bytes(dtype),
         )
         stream_over(
             restore_adam_kernel,
@@ -208,7 +215,7 @@ def restore_adam_(
             decoupled_weight_decay,
             amsgrad,
             maximize,
-            block_size(dtype),
+            block_size(dtype, block_bytes(dtype)),
         )
 
 

@@ -87,8 +87,8 @@ def pick(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
     return values if len(values) == len(indices) else [values[i] for i in indices]
 
 
-def block_size(dtype: torch.dtype) -> int:
-    return BLOCK_BYTES // dtype.itemsize
+def block_size(dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> int:
+    return block_bytes // dtype.itemsize
 
 
 def table(
@@ -98,6 +98,7 @@ def table(
     groups: Sequence[int] = (),
     adaptive: Sequence[bool] = (),
     scalars: Sequence[int] = (),
+    block_bytes: int = BLOCK_BYTES,
 ) -> Table:
     """The table of parallel lists of tensors, all of one device and dtype.
 
@@ -108,7 +109,7 @@ def table(
     device = params[0].device
     addresses = tuple([tensor.data_ptr() for tensors in lists for tensor in tensors])
     numels = tuple([param.numel() for param in params])
-    block = block_size(params[0].dtype)
+    block = block_size(params[0].dtype, block_bytes)
     where = (device, _stream(device), len(params))
     address_key = (*where, addresses, tuple(scalars))
     layout_key = (*where, block, numels, tuple(offsets), tuple(groups), tuple(adaptive))
