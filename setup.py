@@ -14,7 +14,6 @@ with sanitizers by it.
 
 from __future__ import annotations
 
-import glob
 import os
 import shlex
 import sys
@@ -91,7 +90,8 @@ def native_extension() -> tuple[Any, type]:
     extension = CppExtension(
         "esam_kernels._native",
         NATIVE_SOURCES,
-        depends=sorted(glob.glob("csrc/**/*.[hi]*", recursive=True)),
+        depends=build_record.sources("native"),
+        include_dirs=[build_record.digest_folder("native")],
         define_macros=[("ESAM_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args=COMPILE_FLAGS + added_flags,
         extra_link_args=added_flags,

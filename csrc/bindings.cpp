@@ -16,6 +16,7 @@
 #include "autograd.h"
 #include "direct.h"
 #include "host.h"
+#include "sources.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -259,6 +260,7 @@ void philox_words(uint64_t first_counter, uint64_t step, uint64_t seed, const py
 
 PYBIND11_MODULE(_native, module) {
   module.attr("TORCH_VERSION") = ESAM_TORCH_VERSION;
+  module.attr("SOURCES") = ESAM_SOURCES;
   esam::register_autograd(module);
   esam::register_direct(module);
   esam::register_host(module);

@@ -7,6 +7,7 @@ backends read this file instead.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 from setuptools.command.build_ext import build_ext
@@ -25,10 +27,33 @@ NAMES = ("native", "cuda")
 
 _record: dict[str, dict[str, str]] = {}
 
+# By its path: the package cannot be imported where torch is missing.
+_SPEC = importlib.util.spec_from_file_location("source_digest", f"{PACKAGE}/backends/source_digest.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+source_digest = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(source_digest)
+
 
 def built(name: str, **facts: str) -> None:
     """The extension ``name`` is being built: what is known of it."""
-    _record[name] = facts
+    _record[name] = {**facts, "sources": source_digest.digest(name, Path("csrc"))}
+
+
+def sources(name: str) -> list[str]:
+    """The files that the extension ``name`` is compiled from, and the header that tells it their digest."""
+    header = Path(digest_folder(name), "sources.h")
+    text = f'#define ESAM_SOURCES "{source_digest.digest(name, Path("csrc"))}"\n'
+    # Written where it changes only: what includes it is compiled again.
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return [*map(str, source_digest.files(name, Path("csrc"))), str(header)]
+
+
+def digest_folder(name: str) -> str:
+    """Where that header is."""
+    return os.path.abspath(f"build/digest/{name}")
 
 
 def missing(name: str, reason: str) -> None:

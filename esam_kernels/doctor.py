@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes around the vector widths, one over a block, and a matrix.
 _SHAPES = ((1,), (7,), (64,), (33, 65))
 # What the record of a build holds, and how it reads.
-_FACTS = {"torch": "for torch", "architectures": "with", "compiler": "by"}
+_FACTS = {"torch": "for torch", "architectures": "with", "compiler": "by", "sources": "from sources"}
 _SEED, _STEP, _BOUND = 5, 3, round(0.6 * 2**32) - 1
 
 
@@ -62,7 +62,9 @@ def _build(name: str) -> str:
     if not extensions.is_present(name):
         return f"not built: {record.get('missing', 'the package is run from a source folder where nothing was built')}"
     facts = [f"{label} {record[key]}" for key, label in _FACTS.items() if key in record]
-    return f"built {', '.join(facts)}" if facts else "built, without a record of how"
+    built = f"built {', '.join(facts)}" if facts else "built, without a record of how"
+    _, reason = extensions.load(name)
+    return built if reason is None else f"{built}, and of no use: {reason}"
 
 
 def _describe(device: torch.device) -> str:

@@ -13,6 +13,9 @@
 #if !defined(ESAM_CUDA_MODULE)
 #define ESAM_CUDA_MODULE _cuda
 #endif
+#if !defined(ESAM_CUDA_EMULATED)
+#include "sources.h"  // setup.py writes it
+#endif
 
 namespace py = pybind11;
 
@@ -196,6 +199,9 @@ void losses_select_gather_(const Where& where, int dtype, const std::optional<Lo
 }  // namespace esam::cuda
 
 PYBIND11_MODULE(ESAM_CUDA_MODULE, module) {
+#if !defined(ESAM_CUDA_EMULATED)
+  module.attr("SOURCES") = ESAM_SOURCES;
+#endif
   module.attr("MAX_GROUPS") = esam::cuda::kMaxGroups;
   module.def("norm_partials", esam::cuda::norm_partials_);
   module.def("perturb", esam::cuda::perturb_);

@@ -79,17 +79,14 @@ class CudaExtension(Extension):
         self.nvcc = find_nvcc()
         if not required and cuda_of_torch() is None:
             raise CannotBuild("torch is not a CUDA build")
-        self.includes = [sysconfig.get_path("include"), pybind11_include()]
+        self.includes = [sysconfig.get_path("include"), pybind11_include(), build_record.digest_folder("cuda")]
         self.architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or present_architectures())
         self.objects_of = sorted(glob.glob(f"{FOLDER}/*.cu"))
-        headers = (
-            glob.glob(f"{FOLDER}/*.*h") + glob.glob("csrc/device/*.h") + ["csrc/philox.h", f"{FOLDER}/build_cuda.py"]
-        )
         build_record.built("cuda", compiler=" ".join(self.nvcc), architectures=" ".join(self.architectures))
         super().__init__(
             "esam_kernels._cuda",
             [f"{FOLDER}/bindings.cpp"],
-            depends=self.objects_of + sorted(headers),
+            depends=[*build_record.sources("cuda"), f"{FOLDER}/build_cuda.py"],
             optional=not required,
         )
 

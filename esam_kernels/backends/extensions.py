@@ -1,7 +1,8 @@
 """The compiled extensions, and what their build has recorded: for which torch, or why one is missing.
 
 ``_build.json`` is written by setup.py beside the extensions. It is read first: an extension that was built for another
-torch may crash when it is loaded.
+torch may crash when it is loaded. One that was built from other sources loads, but may lack what the package calls: the
+digest of the sources is compiled in, and compared with that of csrc.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from types import ModuleType
 
 import torch
 
+from esam_kernels.backends import source_digest
+
 HOW_TO_BUILD = "run `pip install --force-reinstall --no-deps .` in the source folder of esam_kernels"
-_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
+HOW_TO_REBUILD = "run `python setup.py build_ext --inplace` in the source folder of esam_kernels"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_RECORD = _PACKAGE / "_build.json"
+_CSRC = _PACKAGE.parent / "csrc"
 
 
 @functools.cache
@@ -45,12 +51,25 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     if for_torch is not None and is_another_torch(for_torch):
         return None, another_torch(for_torch)
     try:
-        return importlib.import_module(module), None
+        extension = importlib.import_module(module)
     except ModuleNotFoundError:
         reason = record(name).get("missing")
         return None, f"{module} was not built{f': {reason}' if reason else ''}"
     except ImportError as error:
         return None, f"{module} cannot be loaded ({error}): {HOW_TO_BUILD}"
+    other = other_sources(name, extension)
+    return (extension, None) if other is None else (None, other)
+
+
+def other_sources(name: str, extension: ModuleType) -> str | None:
+    """In one line, that the extension was built from other sources than this package's; None if from these."""
+    found = getattr(extension, "SOURCES", "not known")
+    in_csrc = source_digest.digest(name, _CSRC)
+    expected = in_csrc or record(name).get("sources", found)
+    if found == expected:
+        return None
+    how = HOW_TO_REBUILD if in_csrc else HOW_TO_BUILD
+    return f"the extension was built from other C++ sources (found {found}, this package has {expected}): {how}"
 
 
 def is_another_torch(version: str) -> bool:

@@ -3,16 +3,18 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from esam_kernels import backends, doctor
-from esam_kernels.backends import extensions
+from esam_kernels.backends import extensions, source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +38,101 @@ def test_an_extension_for_another_torch_is_not_loaded(recorded, monkeypatch):
     module, reason = extensions.load("native")
     assert module is None
     assert f"built for torch 1.9.0+cpu, found torch {torch.__version__}" in reason
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Puts a module in the place of an extension that is loaded."""
+
+    def put(**attributes):
+        monkeypatch.setattr(extensions.importlib, "import_module", lambda name: SimpleNamespace(**attributes))
+
+    return put
+
+
+@pytest.mark.parametrize(("attributes", "found"), [({}, "not known"), ({"SOURCES": "0123456789ab"}, "0123456789ab")])
+@pytest.mark.parametrize("name", ["native", "cuda"])
+def test_an_extension_of_other_sources_than_csrc_holds_is_not_used(recorded, loads, name, attributes, found):
+    recorded({})
+    loads(**attributes)
+    module, reason = extensions.load(name)
+    assert module is None
+    assert f"found {found}, this package has {source_digest.digest(name, ROOT / 'csrc')}" in reason
+    assert "run `python setup.py build_ext --inplace` in the source folder" in reason
+
+
+@pytest.mark.parametrize("name", ["native", "cuda"])
+def test_an_extension_of_the_sources_in_csrc_is_used(recorded, loads, name):
+    recorded({name: {"sources": "of a build that was overwritten"}})
+    loads(SOURCES=source_digest.digest(name, ROOT / "csrc"))
+    module, reason = extensions.load(name)
+    assert reason is None
+    assert module is not None
+
+
+def test_without_csrc_the_record_of_the_build_says_which_sources(recorded, loads, monkeypatch, tmp_path):
+    monkeypatch.setattr(extensions, "_CSRC", tmp_path)
+    recorded({"native": {"sources": "new"}})
+    loads(SOURCES="old")
+    _, reason = extensions.load("native")
+    assert "found old, this package has new" in reason
+    assert "pip install --force-reinstall --no-deps ." in reason
+    loads(SOURCES="new")
+    assert extensions.load("native")[1] is None
+    recorded({})
+    assert extensions.load("native")[1] is None
+
+
+def test_the_digest_is_that_of_names_and_contents(tmp_path):
+    def digest(**contents):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / f"{name}.cpp").write_text(content)
+        return source_digest.digest("native", folder)
+
+    assert digest() is None
+    assert digest(a="1", b="2") == digest(b="2", a="1")
+    assert len({digest(a="1", b="2"), digest(a="2", b="1"), digest(a="1", c="2"), digest(a="12", b="")}) == 4
+
+
+@pytest.mark.parametrize("name", ["native", "cuda"])
+def test_the_digest_covers_all_that_is_compiled(name):
+    """Whatever a source includes, and what that includes."""
+    csrc = ROOT / "csrc"
+    covered = set(source_digest.files(name, csrc))
+    included = {
+        (path.parent / other).resolve()
+        for path in covered
+        for other in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        if other != "sources.h"
+    }
+    # A header may be named from the folder of csrc too.
+    assert {path if path.exists() else csrc / path.name for path in included} <= covered
+    sources = {"native": re.findall(r'"(csrc/.+\.cpp)"', (ROOT / "setup.py").read_text()), "cuda": []}[name]
+    assert {ROOT / source for source in sources} <= covered
+
+
+@pytest.mark.skipif(not extensions.is_present("native"), reason="the C++ extension is not built")
+def test_a_stale_extension_costs_one_line_and_the_fallback(tmp_path):
+    for name in ("csrc", "esam_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "csrc" / "host.cpp", "a") as file:
+        file.write("// Edited after the build.\n")
+    code = (
+        "import torch, esam_kernels\n"
+        "for _ in range(2): print(esam_kernels.cross_entropy(torch.zeros(1, 4), torch.tensor([3])).item())\n"
+        "from esam_kernels import doctor; print(doctor._build('native'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    (line,) = process.stderr.splitlines()
+    assert "backend 'native' is not available" in line
+    assert "built from other C++ sources" in line
+    first, second, built = process.stdout.splitlines()
+    assert float(first) == float(second) == pytest.approx(1.3862944)
+    assert "of no use: the extension was built from other C++ sources" in built
 
 
 def test_the_cuda_build_of_the_same_torch_is_not_another(recorded):
@@ -67,7 +164,8 @@ def test_doctor_tells_what_was_built_where_no_device_could_use_it(recorded, monk
     recorded({"cuda": {"missing": "nvcc is not found"}, "native": {"torch": "2.5.0", "compiler": "g++ 12"}})
     monkeypatch.setattr(extensions, "is_present", lambda name: name == "native")
     assert doctor._build("cuda") == "not built: nvcc is not found"
-    assert doctor._build("native") == "built for torch 2.5.0, by g++ 12"
+    built = "built for torch 2.5.0, by g++ 12, and of no use: the extension was built for torch 2.5.0, found torch"
+    assert doctor._build("native").startswith(built)
 
 
 def build(tree, *command, **environment):
