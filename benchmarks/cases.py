@@ -93,6 +93,15 @@ def vit_small(patch: int = 16, width: int = 384, depth: int = 12, image: int = 2
     return shapes + norm + linear(width, classes)
 
 
+def small_cnn(classes: int = 10) -> list[Shape]:
+    """Six 3x3 convolutions with BatchNorm, 0.3 million parameters: no paper's, of the size of a tutorial's."""
+    shapes, inputs = [], 3
+    for width in (32, 32, 64, 64, 128, 128):
+        shapes += convolution(inputs, width, 3) + batch_norm(width)
+        inputs = width
+    return shapes + linear(inputs, classes)
+
+
 def small_tensors(count: int = 10, size: int = 100) -> list[Shape]:
     """Nothing to compute: what is left is the host's time."""
     return [(size,)] * count

@@ -5,7 +5,8 @@
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
 ``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The ``floor``
-blocks are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of :mod:`benchmarks.agreement`.
+blocks are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of :mod:`benchmarks.agreement`,
+and ``<!-- counts:kernel_counts -->`` that of :mod:`benchmarks.kernel_counts`.
 ``--check`` changes nothing, and fails where a page differs.
 """
 
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import agreement, performance, tables
+from benchmarks import agreement, kernel_counts, performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
@@ -28,6 +29,7 @@ BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 AGREEMENT = re.compile(r"(<!-- agreement:(?P<source>\S+) -->\n).*?(<!-- /agreement -->)", re.DOTALL)
+COUNTS = re.compile(r"(<!-- counts:(?P<source>\S+) -->\n).*?(<!-- /counts -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")
 ANY_MARK = re.compile(r"<!-- row: ")
 
@@ -66,7 +68,11 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
     def agreed(match: re.Match[str]) -> str:
         return f"{match[1]}{agreement.table(folder / (match['source'] + '.json'))}\n{match[3]}"
 
-    text = AGREEMENT.sub(agreed, BLOCK.sub(block, text))
+    def counted(match: re.Match[str]) -> str:
+        counts = json.loads((folder / (match["source"] + ".json")).read_text())
+        return f"{match[1]}{kernel_counts.table(counts)}\n{match[3]}"
+
+    text = COUNTS.sub(counted, AGREEMENT.sub(agreed, BLOCK.sub(block, text)))
     return performance.rendered(MARK.sub(mark, STUDY.sub(study, text)), folder)
 
 

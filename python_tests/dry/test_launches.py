@@ -8,7 +8,7 @@ import torch
 from stand_in import Pointer
 from steps import BATCH, batches, model_on
 
-from esam_kernels import ESAM, cross_entropy, normalization_groups
+from esam_kernels import ESAM, backends, cross_entropy, normalization_groups
 from esam_kernels.perturbation.fused_update import plan_update
 
 WARM_UP, STEADY = 3, 10
@@ -34,6 +34,18 @@ class Training:
 @pytest.fixture
 def memory(monkeypatch):
     return block_memory.install(monkeypatch)
+
+
+def test_adamw_starts_a_program_for_each_block_and_sgd_takes_1024_shares(stand_in):
+    backend = backends.load("triton")
+    lists = [[torch.empty(1030 * 2048)] for _ in range(5)]
+    backend.restore_sgd_(*lists[:4], False, 0.1, None, 0.9, 0.0, 0.0, False, False)
+    steps = [torch.zeros(())]
+    for dtype, programs in ((torch.float32, 1030), (torch.bfloat16, 1030), (torch.float64, 2060)):
+        typed = [[tensors[0].to(dtype)] for tensors in lists]
+        backend.restore_adam_(*typed, [], steps, 0.1, None, 0.9, 0.99, 0.0, 0.0, False, False, True)
+        assert stand_in.launches[-1].grid == (programs, 1, 1)
+    assert stand_in.launches[0].grid == (1024, 1, 1)
 
 
 # -- The update --------------------------------------------------------------------------------------------------------

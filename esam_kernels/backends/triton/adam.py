@@ -216,6 +216,8 @@ def restore_adam_(
             amsgrad,
             maximize,
             block_size(dtype, block_bytes(dtype)),
+            # Its registers leave room for 792 programs on an H100: 1024 shares would take turns.
+            most=blocks.num_blocks,
         )
 
 

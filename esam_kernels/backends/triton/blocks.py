@@ -174,9 +174,14 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def stream_over(kernel: Any, blocks: Table, device: torch.device, *arguments: Any, programs: int = 0) -> None:
-    """Launch a streaming kernel over the blocks of a table, on at most MAX_PROGRAMS programs, at least ``programs``."""
-    grid = max(min(blocks.num_blocks, MAX_PROGRAMS), programs)
+def stream_over(
+    kernel: Any, blocks: Table, device: torch.device, *arguments: Any, programs: int = 0, most: int | None = None
+) -> None:
+    """Launch a streaming kernel over the blocks of a table, on at least ``programs`` programs.
+
+    ``most``: the most programs, in place of MAX_PROGRAMS.
+    """
+    grid = max(min(blocks.num_blocks, MAX_PROGRAMS if most is None else most), programs)
     if grid > 0:
         with on(device):
             kernel[(grid,)](*blocks, *arguments, **LAUNCH_OPTIONS)
