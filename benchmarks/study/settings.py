@@ -63,6 +63,7 @@ _NO_NORMALIZATION = (
     "norm-random",
     "norm-random-last",
     "norm-quarter",
+    "norm-sharp-quarter",
 )
 
 

@@ -74,8 +74,8 @@ def train(
         for chosen in torch.randperm(len(labels), generator=order).split(trial.batch_size):
             if len(chosen) < trial.batch_size:
                 break
-            cost += optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
-            step(optimizer, losses, inputs[chosen], labels[chosen])
+            cost += cost_of(optimizer, mode.first_share)
+            step(optimizer, losses, inputs[chosen], labels[chosen], mode.first_share)
             rates.step()
             for schedule in schedules:
                 schedule.step()
@@ -84,8 +84,24 @@ def train(
     return Outcome(*accuracies, cost=cost / steps, seconds=round(seconds, 2))
 
 
-def step(optimizer: torch.optim.Optimizer, losses, batch: Tensor, target: Tensor) -> None:
-    """One step of ESAM, or of the plain base optimizer."""
+def cost_of(optimizer: torch.optim.Optimizer, first_share: float = 1.0) -> float:
+    """The counted cost of the next step, in units of SGD's: pass 2 is 1 where it takes the whole batch."""
+    whole = optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
+    return whole if first_share == 1.0 else 1.0 + first_share * (whole - 1.0)
+
+
+def step(optimizer: torch.optim.Optimizer, losses, batch: Tensor, target: Tensor, first_share: float = 1.0) -> None:
+    """One step of ESAM, or of the plain base optimizer.
+
+    With a ``first_share`` below 1, pass 1 takes only the first samples of the (shuffled) batch, and pass 2 all.
+    """
+    if isinstance(optimizer, ESAM) and first_share < 1.0:
+        few = max(1, round(first_share * len(batch)))
+        optimizer.backward(losses(batch[:few], target[:few]).mean())
+        optimizer.first_step(zero_grad=True)
+        losses(batch, target).mean().backward()
+        optimizer.second_step(zero_grad=True)
+        return
     if isinstance(optimizer, ESAM):
         optimizer.step(losses, batch, target)
         return

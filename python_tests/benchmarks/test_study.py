@@ -21,8 +21,8 @@ from benchmarks.study.samples import Samples, digits, split
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
 from benchmarks.study.settings import FIRST_SEARCH_SEED, SETTINGS
 from benchmarks.study.summary import Difference, Summary
-from benchmarks.study.training import Outcome, Trial, train
-from esam_kernels import RankingContext
+from benchmarks.study.training import Outcome, Trial, cost_of, step, train
+from esam_kernels import ESAM, RankingContext
 from esam_kernels.ranking import Head
 
 DIGITS = SETTINGS_BY_NAME["digits"].smoke()
@@ -81,13 +81,25 @@ def test_equal_time_comes_after_all_the_rest(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("name", "cost"), [("sam-quarter", 1.25), ("norm-quarter", 1 + 0.25 * (2 + 4 / 28) / 3)])
-def test_pass_1_on_a_quarter_costs_a_quarter_of_it(name, cost):
-    layers = torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 10, bias=False)
-    model = torch.nn.Sequential(*layers)
-    optimizer, _ = MODES[name].optimizer(model, 0.1, 0, 10, lr=0.1)
-    assert optimizer.ascent_share == 0.25
-    assert optimizer.relative_cost == pytest.approx(cost)
+def test_pass_1_on_a_quarter_perturbs_along_it_and_pass_2_takes_all():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    inputs, targets = (
+        torch.tensor([[1.0, 0.5], [0.0, 1.0], [2.0, 1.0], [-1.0, 3.0]]),
+        torch.tensor([0.5, 1.0, 0.0, 2.0]),
+    )
+
+    def losses(x, y):
+        return (x @ weight - y) ** 2
+
+    def gradient(w, x, y):
+        return 2.0 * ((x @ w - y)[:, None] * x).mean(dim=0)
+
+    optimizer = ESAM([weight], torch.optim.SGD, lr=0.1, rho=0.3, beta=1.0, gamma=1.0)
+    w = weight.detach().clone()
+    assert cost_of(optimizer, 0.25) == 1.25
+    first = gradient(w, inputs[:1], targets[:1])
+    step(optimizer, losses, inputs, targets, first_share=0.25)
+    torch.testing.assert_close(weight.detach(), w - 0.1 * gradient(w + 0.3 * first / first.norm(), inputs, targets))
 
 
 def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, capsys):

@@ -59,7 +59,7 @@ def test_first_order_ranks_each_ranks_own_batch(swp: dict[str, Any]) -> None:
 
 
 def test_pass_1_takes_the_first_part_of_each_ranks_batch() -> None:
-    options = {**SGD, **ELEMENT, "gamma": 1.0, "ascent_share": 0.5}
+    options = {**SGD, **ELEMENT, "gamma": 1.0, "sharpness_share": 0.5}
     assert_same(run_ranks(train_on_ranks, "fsdp", options, 10, {}), train_alone(options, 10))
 
 
