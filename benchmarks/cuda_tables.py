@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda_registers
-from benchmarks.rows import RESULTS, commit
+from benchmarks.rows import RESULTS, ROOT
 
 ROWS = RESULTS / "cuda_tables.json"
 SOURCES = ("norm", "perturb", "update")
@@ -51,6 +51,13 @@ def compiled(csrc: Path, folder: Path) -> tuple[float, int, dict[str, int]]:
     return seconds, sum(cubin.stat().st_size for cubin in cubins.values()), arguments
 
 
+def commit_of(folder: str) -> str:
+    """The last commit that has changed what is compiled; "+" behind it where the files differ from it."""
+    changed = cuda_registers.output("git", "-C", str(ROOT), "status", "--porcelain", "--", folder)
+    last = cuda_registers.output("git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=10", "--", folder)
+    return last.strip() + ("+" if changed else "")
+
+
 def measured(tables: list[int], csrc: Path, folder: Path) -> dict[str, Any]:
     seconds, nbytes, arguments = compiled(csrc, folder)
     architectures = " and ".join(f"sm_{architecture}" for architecture in cuda_registers.ARCHITECTURES)
@@ -62,7 +69,7 @@ def measured(tables: list[int], csrc: Path, folder: Path) -> dict[str, Any]:
         "sgd_momentum_argument_bytes": [arguments[KERNEL.format(capacity)] for capacity in tables],
         "of": f"{', '.join(SOURCES)} for {architectures}",
         "nvcc": re.search(r"release ([\d.]+)", cuda_registers.output("nvcc", "--version")).group(1),  # type: ignore[union-attr]
-        "commit": commit(),
+        "commit": commit_of("csrc"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 

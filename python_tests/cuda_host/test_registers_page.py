@@ -2,7 +2,12 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the page calls a kernel, and what the file does.
@@ -39,3 +44,36 @@ def test_the_page_says_what_a_launch_copies():
     page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
     few, most = (found[f"update: stream<RestoreSgd<float, true, false>, {capacity}>"] for capacity in (64, 448))
     assert f"SGD with momentum copies {few:,} bytes, where the largest table takes {most:,}" in page
+
+
+def test_the_page_says_what_three_tables_cost():
+    one, three = json.loads(cuda_tables.ROWS.read_text())
+    assert (one["tables"], three["tables"]) == (1, 3)
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    code = f"{three['cubin_bytes'] / 1e6:.1f} MB of code in place of {one['cubin_bytes'] / 1e6:.1f}"
+    time = f"{three['nvcc_cpu_seconds']:.0f} s of nvcc's processor time in place of {one['nvcc_cpu_seconds']:.0f}"
+    assert f"{code} for the two architectures, and {time} (`benchmarks/results/cuda_tables.json`" in page
+
+
+def test_the_rows_of_the_tables_are_those_of_the_sources():
+    """The sizes are those of blocks.cuh, the bytes of a launch those of cuda_registers.json, the commit is known."""
+    one, three = json.loads(cuda_tables.ROWS.read_text())
+    sizes = cuda_tables.capacities((ROOT / "csrc" / "cuda" / "blocks.cuh").read_text())
+    assert (one["tensors"], three["tensors"]) == (sizes[-1:], sizes)
+    found = json.loads((ROOT / "benchmarks" / "cuda_registers.json").read_text())["argument_bytes"]
+    copied = [found[f"update: {cuda_tables.KERNEL.format(capacity)}"] for capacity in sizes]
+    assert (one["sgd_momentum_argument_bytes"], three["sgd_momentum_argument_bytes"]) == (copied[-1:], copied)
+    shallow = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(shallow, capture_output=True).stdout != b"false\n":
+        pytest.skip("the history is not there")
+    for row in (one, three):
+        command = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", row["commit"], "HEAD"]
+        assert subprocess.run(command, capture_output=True).returncode == 0, f"{row['commit']} is not in the history"
+
+
+def test_with_one_table_every_capacity_is_the_largest():
+    header = (ROOT / "csrc" / "cuda" / "blocks.cuh").read_text()
+    assert cuda_tables.capacities(header) == [64, 192, 448]
+    changed = cuda_tables.with_one_table(header)
+    assert cuda_tables.capacities(changed) == [448] * 3
+    assert len(changed.splitlines()) == len(header.splitlines())
