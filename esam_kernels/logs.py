@@ -1,7 +1,8 @@
 """What the package logs, under the logger "esam_kernels": ``ESAM_KERNELS_LOG=debug`` shows all of it on stderr.
 
 At the level debug each operator of a backend says once, for each kind of tensors, that the backend has served it, and
-each fallback to the reference says so too.
+each fallback to the reference says so too. Where the base optimizer's update is not fused into the restore, a line says
+why, once for each reason.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ def report_calls(backend: Any, operators: tuple[str, ...]) -> None:
         fast = ("cross_entropy", "select", "gather")
         functions = {operator: _reporting(getattr(backend.direct, operator), name, operator) for operator in fast}
         backend.direct = SimpleNamespace(**functions)
+
+
+_said: set[str] = set()
+
+
+def debug_once(line: str) -> None:
+    """A debug line, the first time that it comes up."""
+    if logger.isEnabledFor(logging.DEBUG) and line not in _said:
+        _said.add(line)
+        logger.debug("%s", line)
 
 
 _calls = threading.local()

@@ -34,6 +34,10 @@ class _Group:
 Plan = list[_Group]
 
 
+class NotFused(Exception):
+    """Why the update is not part of the restore, in a few words."""
+
+
 def check_rates(base: Optimizer) -> None:
     """Refuse a learning rate that torch's SGD, Adam or AdamW would stumble over with some groups updated already.
 
@@ -76,36 +80,34 @@ def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> st
     return None
 
 
-def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor], align: bool = False) -> Plan | None:
-    """What :func:`restore_and_step` has to do; None where it would not be what ``restore`` and ``base.step()`` do.
+def plan_update(base: Optimizer, backend: str, params: Sequence[Tensor], align: bool = False) -> Plan:
+    """What :func:`restore_and_step` has to do.
 
-    That is where :func:`why_not_fused` says so, or where a gradient or a state does not lie in memory as its parameter
-    does. With ``align`` such a gradient is copied instead.
+    With ``align`` a gradient that does not lie in memory as its parameter does is copied, and is no reason to refuse.
+
+    Raises:
+        NotFused: it would not be what ``restore`` and ``base.step()`` do: :func:`why_not_fused` says so, or a gradient
+            or a state does not lie in memory as its parameter does.
     """
-    if why_not_fused(base, backend, params) is not None:
-        return None
-    plan = []
-    for options in base.param_groups:
-        group = _plan_group(base, options, align)
-        if group is None:
-            return None
-        plan.append(group)
-    return plan
+    reason = why_not_fused(base, backend, params)
+    if reason is not None:
+        raise NotFused(reason)
+    return [_plan_group(base, options, align) for options in base.param_groups]
 
 
-def _plan_group(base: Optimizer, options: dict[str, Any], align: bool) -> _Group | None:
+def _plan_group(base: Optimizer, options: dict[str, Any], align: bool) -> _Group:
     held = list(options["params"])
     given = zip(held, gradients(held))
     pairs = [(param, grad) for param, grad in given if grad is not None and param.numel()]
     params, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not are_alike(grads, params):
         if not align:
-            return None
+            raise NotFused("a gradient does not lie in memory as its parameter does, or is of another dtype")
         grads = [torch.empty_like(param).copy_(grad.detach()) for param, grad in pairs]
     # SGD without momentum keeps none.
     states = [base.state[param] for param in params] if options.get("momentum", 1.0) != 0.0 else []
-    if state_unlike_its_parameter(params, states) is not None:
-        return None
+    if odd := state_unlike_its_parameter(params, states):
+        raise NotFused(f"the state {odd!r} does not lie in memory as its parameter does, or is of another dtype")
     return _Group(options, params, grads, states)
 
 

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esam_kernels import backends, distributed, ops
+from esam_kernels import backends, distributed, logs, ops
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.draw import TensorDraw, bound
-from esam_kernels.perturbation.fused_update import check_rates, plan_update, restore_and_step, why_not_fused
+from esam_kernels.perturbation.fused_update import (
+    NotFused,
+    Plan,
+    check_rates,
+    plan_update,
+    restore_and_step,
+    why_not_fused,
+)
 from esam_kernels.perturbation.parameters import Parameters
 from esam_kernels.settings import Settings, check_rho
 from esam_kernels.tensor_lists import are_alike, are_plainly_alike, gradients
@@ -278,14 +285,17 @@ class StochasticWeightPerturbation:
         # In a graph also where nothing is perturbed: the base optimizer's own step would freeze the learning rate.
         is_captured = self.lr_tensors is not None
         plan = None
-        if (self._perturbed or is_captured) and not (self.parameters.has_ties or self.parameters.is_sharded):
-            plan = plan_update(base, self.backend, self.params, align=is_captured)
-        if plan is None and is_captured:
-            raise RuntimeError(
-                f"the update of {type(base).__name__} cannot be captured, since its learning rate would be frozen in "
-                f"the CUDA graph: {self.why_not_fused() or 'a state does not lie in memory as its parameter does'}. "
-                "Call optimizer.step in place of the graphed step"
-            )
+        if self._perturbed or is_captured:
+            try:
+                plan = self._plan_update(align=is_captured)
+            except NotFused as reason:
+                name = type(base).__name__
+                if is_captured:
+                    raise RuntimeError(
+                        f"the update of {name} cannot be captured, since its learning rate would be frozen in the CUDA "
+                        f"graph: {reason}. Call optimizer.step in place of the graphed step"
+                    ) from None
+                logs.debug_once(f"the update of {name} is not fused into the restore, it takes its own step: {reason}")
         if plan is not None:
             backups = {id(param): backup for param, backup in zip(self._perturbed, self._backups)}
             restore_and_step(base, plan, backups, self._perturbed, self.backend, self.lr_tensors)
@@ -294,11 +304,20 @@ class StochasticWeightPerturbation:
             self.restore()
             base.step()
 
+    def _plan_update(self, align: bool) -> Plan:
+        if reason := self._how_parameters_share():
+            raise NotFused(reason)
+        return plan_update(self.base, self.backend, self.params, align)
+
+    def _how_parameters_share(self) -> str | None:
+        """What keeps an update from being fused that the base optimizer does not know of."""
+        if self.parameters.has_ties:
+            return "parameters are tied to each other"
+        return "parameters are sharded" if self.parameters.is_sharded else None
+
     def why_not_fused(self) -> str | None:
         """Why the base optimizer's update cannot be part of the restore, whatever the gradients; None if it can."""
-        if self.parameters.has_ties or self.parameters.is_sharded:
-            return "parameters are tied to each other" if self.parameters.has_ties else "parameters are sharded"
-        return why_not_fused(self.base, self.backend, self.params)
+        return self._how_parameters_share() or why_not_fused(self.base, self.backend, self.params)
 
     def forget(self) -> None:
         """Drop the saved weights without putting them back."""

@@ -37,6 +37,8 @@ def test_the_variable_shows_which_backend_serves_which_operator():
     assert "esam_kernels DEBUG: cpu tensors: backend 'reference', as was asked for" in lines
     assert "esam_kernels DEBUG: norm_partials: backend reference serves float32 on cpu" in lines
     assert sum("norm_partials" in line for line in lines) == 1
+    not_fused = "the update of SGD is not fused into the restore, it takes its own step"
+    assert f"esam_kernels DEBUG: {not_fused}: the backend 'reference' does not fuse updates" in lines
 
 
 def test_a_level_that_there_is_not_is_refused():
