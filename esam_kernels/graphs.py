@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ WARMUP_STEPS = 3
 DRAW_POOL = 8
 # Graphs that are kept: every draw at three settings in turn, such as sizes of B+.
 MAX_GRAPHS = 3 * DRAW_POOL
+
+
+@overload
+def make_graphed_step(optimizer: ESAM, closure: Callable[..., Tensor], *sample_batch: Any) -> Callable[..., Tensor]: ...
+
+
+@overload
+def make_graphed_step(
+    optimizer: ESAM, closure: Callable[..., tuple[Any, ...]], *sample_batch: Any
+) -> Callable[..., tuple[Tensor, Any]]: ...
 
 
 def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batch: Any) -> Callable[..., Any]:

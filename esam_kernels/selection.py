@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from esam_kernels import ops
 
 __all__ = ["batch_size", "check_losses", "cross_entropy", "gather", "num_selected", "select"]
 
+_T = TypeVar("_T")
+_T1 = TypeVar("_T1")
+_T2 = TypeVar("_T2")
 _PASSED_THROUGH = (type(None), bool, int, float, str)
 
 
@@ -216,6 +219,18 @@ def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:
     if shortcut and (indices := shortcut.select(loss_before, loss_after, k)) is not None:
         return indices  # type: ignore[no-any-return]
     return ops.select(loss_before.detach(), loss_after.detach(), k)  # type: ignore[no-any-return]
+
+
+@overload
+def gather(indices: Tensor, tensor: _T, /) -> _T: ...
+
+
+@overload
+def gather(indices: Tensor, x: _T1, y: _T2, /) -> tuple[_T1, _T2]: ...
+
+
+@overload
+def gather(indices: Tensor, *tensors: Any) -> tuple[Any, ...]: ...
 
 
 def gather(indices: Tensor, *tensors: Any) -> Any:
