@@ -2,8 +2,7 @@
 
 Every function takes the model, or the optimizer that trains it (``ranking_agreement``), a closure as
 :meth:`esam_kernels.ESAM.step` does, and the batch. The model, with its gradients, buffers and modes, and torch's random
-state are afterwards what they were, bit for bit and in the same memory, whatever happened in between (see
-:mod:`esam_kernels.diagnostics.probe`).
+state are afterwards what they were, bit for bit and in the same memory, whatever happened in between.
 """
 
 from esam_kernels.diagnostics.curvature import TopEigenvalue, top_hessian_eigenvalue

@@ -22,7 +22,7 @@ class RankingAgreement(NamedTuple):
     """What :func:`ranking_agreement` measures."""
 
     shared: float
-    """The share of B+, as the measured rise names it, that the ranking names too; 1: the same samples."""
+    """The share of B+, as the measured rise names it, that the ranking names too. It is 1 where both name the same."""
     correlation: float
     """Spearman's rank correlation of scores and rises over the batch, -1 to 1. NaN if all of either are equal."""
     chance: float

@@ -28,6 +28,7 @@ class Linearity(NamedTuple):
     """What :func:`linearity` measures for one beta, as Python floats: means over the draws."""
 
     beta: float
+    """The share of the weights that was perturbed."""
     linearity: float
     """``zeta = |L_B(w + e) - L_B(w) - e . g|``. The smaller, the more linear."""
     loss: float

@@ -6,15 +6,14 @@ tensor([1, 3])
 
 You need them only without the optimizer. Every call into a backend goes through here. The schemas declare what is
 mutated, so the operators can stand inside compiled code. They have no autograd, except ``cross_entropy``,
-``gather_rows`` and ``select_rows``. ``backend`` is the name of one, or "" for the default of the device (see
-:mod:`esam_kernels.backends`).
+``gather_rows`` and ``select_rows``. ``backend`` is the name of one, or "" for the default of the device.
 
 Lists of tensors are parallel: ``grads[i]`` belongs to ``params[i]``, has its dtype, and the same dense strides.
 """
 
-from esam_kernels.backends.reference import NUM_PARTIALS, compute_dtype
+from esam_kernels.backends.reference import NUM_PARTIALS
 from esam_kernels.ops.perturbation import norm_partials, perturb_, restore_, restore_adam_, restore_sgd_
-from esam_kernels.ops.registration import direct
+from esam_kernels.ops.registration import direct as direct
 from esam_kernels.ops.selection import (
     cross_entropy,
     cross_entropy_backward,
@@ -28,11 +27,9 @@ from esam_kernels.ops.selection import (
 
 __all__ = [
     "NUM_PARTIALS",
-    "compute_dtype",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_forward",
-    "direct",
     "gather",
     "gather_rows",
     "norm_partials",

@@ -23,6 +23,7 @@ PAGES = [
     "tutorials/moving",
     "tutorials/label_noise",
     "tutorials/fine_tuning",
+    "reference/optimizers",
 ]
 
 
@@ -49,7 +50,7 @@ def test_the_code_of_a_page_runs_and_trains(page):
     assert found["optimizer"].state_dict()["esam"]["step"] > 0
 
 
-@pytest.mark.parametrize("page", ["which_mode", "faq"])
+@pytest.mark.parametrize("page", ["which_mode", "faq", "reference/optimizers"])
 def test_a_print_shows_what_the_comment_behind_it_says(page, capsys):
     run(page)
     said = re.findall(r"^ *print\(.*\)  # (.+)$", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE)
