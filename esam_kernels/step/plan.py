@@ -208,10 +208,8 @@ class SharpnessOfAPart(TwoPasses):
             with contextlib.nullcontext() if noise is None else noise.replay():
                 loss_after, _ = losses_and_rest(losses(*first), count)
             _hand_over(_plus(summed, kept), params)
-            loss_after = loss_after.mean() * (samples / selected_in_all)
-            if scaler is not None and scaler.is_enabled():
-                loss_after = nan_unless_finite(loss_after, phases.perturbation.sum_of_squares)
-            scaled(loss_after, scaler).backward()
+            # What is not finite in pass 1 is in the gradients already: a scaler sees it.
+            scaled(loss_after.mean() * (samples / selected_in_all), scaler).backward()
         loss = (loss_first.detach() * count + loss_others.detach() * (samples - count)) / samples
         rests = [rest for rest in (rest_of_first, rest_of_others) if rest is not None]
         return loss, rests or None

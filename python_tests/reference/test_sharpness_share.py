@@ -94,8 +94,9 @@ def test_without_a_radius_and_with_all_samples_it_is_the_base_step_and_sam():
     for kwargs, samples in (({"rho": 0.0}, SAMPLES), ({}, 2)):
         (model, optimizer), (other, plain) = build(**kwargs), build(share=1.0, **kwargs)
         for step in range(3):
-            for each, its in ((model, optimizer), (other, plain)):
-                its.step(oracles.losses_of(each), *oracles.batch(samples, seed=step))
+            batch = oracles.batch(samples, seed=step)
+            ours, theirs = (i.step(oracles.losses_of(m), *batch) for m, i in ((model, optimizer), (other, plain)))
+            assert torch.equal(ours, theirs)
         assert oracles.same_bits(oracles.weights_of(model), oracles.weights_of(other))
 
 
@@ -212,7 +213,19 @@ def test_parameters_that_only_a_part_of_the_batch_uses_and_frozen_ones():
     after = [oracles.weights_of(layer) for layer in layers]
     assert [oracles.same_bits(*pair) for pair in zip(before, after)] == [False, False, True, True]
     assert layers[2].weight.grad is None
-    # 12 of 16 samples, at w
+    # The quarter: grad L_Q(w + e) - 0.75 grad L_Q(w), with e = 0.2 g / ||g|| over its own two tensors.
+    params = [before[0][0].requires_grad_(), before[0][1].requires_grad_()]
+
+    def of_quarter(weight, bias):
+        logits = nn.functional.linear(inputs[:4], weight, bias) + layers[3](inputs[:4])
+        return torch.autograd.grad(nn.functional.cross_entropy(logits, target[:4]), [weight, bias])
+
+    own = of_quarter(*params)
+    norm = torch.cat([grad.flatten() for grad in own]).norm()
+    perturbed = of_quarter(*[param + 0.2 * grad / norm for param, grad in zip(params, own)])
+    for got, param, new, old in zip(after[0], params, perturbed, own):
+        torch.testing.assert_close(got, param.detach() - 0.1 * (new - 0.75 * old))
+    # The rest: 12 of 16 samples, at w.
     layer = nn.Linear(6, 3)
     layer.load_state_dict({"weight": before[1][0], "bias": before[1][1]})
     nn.functional.cross_entropy(layer(inputs[4:]) + layers[3](inputs[4:]), target[4:]).mul(0.75).backward()
