@@ -43,7 +43,7 @@ class Setting:
         """The trials of a mode's search: the same number for each mode, drawn from its grid, always the same ones."""
         radii: tuple[float | None, ...] = mode.radii or (None,)
         grid = list(itertools.product(self.rates, self.batch_sizes, self.weight_decays, radii))
-        drawn = random.Random(f"{self.name} {mode.name}").sample(grid, min(self.trials, len(grid)))
+        drawn = random.Random(f"{self.name} {mode.searched_as or mode.name}").sample(grid, min(self.trials, len(grid)))
         return [Trial(*values) for values in drawn]
 
     def has(self, mode: Mode) -> bool:

@@ -42,6 +42,13 @@ def test_every_mode_gets_the_same_number_of_trials():
             assert all((trial.rho is None) == (mode.name == "sgd") for trial in trials)
 
 
+def test_modes_that_share_a_search_try_the_same_trials_and_the_others_do_not():
+    for setting in SETTINGS:
+        tried = {name: setting.trials_of(MODES[name]) for name in ("sam", "sam-quarter", "sharp-quarter", "esam")}
+        assert tried["sam"] == tried["sam-quarter"] == tried["sharp-quarter"]
+        assert tried["esam"] != tried["sam"]
+
+
 def test_seeds_that_choose_are_not_reported(tmp_path):
     rows = Rows(tmp_path / "rows.json")
     searched = search_units(DIGITS, MODES["sam"])
