@@ -46,6 +46,10 @@ class ESAM(Optimizer):
              \ell(w + e) - \ell(w) \\
         w &\leftarrow \text{base update of } w \text{ with } \nabla_w L_{B^+}(w + e)
 
+    The defaults are the paper's. Where labels are wrong they can end below the base optimizer, because B+ then holds
+    the wrong labels: begin with gamma = 1 (:class:`esam_kernels.schedules.LinearSchedule`), or choose no data and make
+    pass 2 cheaper in another way, ``gamma=1.0, sharpness_share=0.25``.
+
     Args:
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
             by group.

@@ -107,9 +107,9 @@ def test_a_share_of_0_and_a_choice_of_data_beside_a_the_sharpness_of_a_part_are_
     assert "sharpness_share < 1 needs gamma = 1" in capsys.readouterr().err
 
 
-def test_a_recipes_ranking_is_not_held_against_an_optimizer_that_ranks_nothing(capsys):
-    assert train.parse_options(["--recipe", "demo", "--optimizer", "sgd"]).ranking == "rise"
-    assert train.parse_options(["--recipe", "demo", "--optimizer", "esam"]).ranking == "first_order"
+def test_a_recipes_share_is_not_held_against_an_optimizer_without_it(capsys):
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "sgd"]).sharpness_share == 1.0
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "esam"]).sharpness_share == 0.25
     with pytest.raises(SystemExit):
         train.parse_options(["--recipe", "demo", "--optimizer", "sgd", "--ranking", "random"])
     assert "--ranking is for --optimizer esam" in capsys.readouterr().err
