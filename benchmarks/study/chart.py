@@ -17,6 +17,8 @@ from data import UserError
 COLUMNS = 3
 # By what is perturbed: marker and the word in the legend.
 MARKERS = {"sgd": "*", "whole": "o", "normalization": "s", "momentum": "^"}
+# The modes that the eye should find first: what is compared with, and what the README names first.
+STRONG = {"sgd": "black", "sam": "black", "sharp-quarter": "crimson"}
 
 
 def kind(mode: Mode) -> str:
@@ -75,8 +77,8 @@ def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: 
             result.mean,
             yerr=result.error,
             fmt=MARKERS[kind(mode)],
-            color="black" if mode.name in ("sgd", "sam") else colors[number % len(colors)],
-            markersize=9 if mode.name in ("sgd", "sam") else 6,
+            color=STRONG.get(mode.name, colors[number % len(colors)]),
+            markersize=9 if mode.name in STRONG else 6,
             capsize=2,
         )
         handles.setdefault(mode.text, drawn)
