@@ -24,7 +24,7 @@ class Mode:
     name: str
     text: str
     radii: tuple[float, ...] = ()
-    """None: plain SGD."""
+    """Those that its search may try; none: plain SGD."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     only_normalization: bool = False
     gamma_warmup: float | None = None

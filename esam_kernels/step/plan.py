@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -86,6 +87,23 @@ class OnePass(BaseStep):
         return super().run(phases, losses, parts, scaler)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of the batch, and what its passes have to know of the others."""
+
+    batch: tuple[Any, ...]
+    summed: list[Tensor | None]
+    """The gradients of the second passes before, which its own is added to."""
+    selected_in_all: int
+    """The samples of all second passes together: the mean is taken over them."""
+    is_last: bool
+    scaler: torch.amp.GradScaler | None
+
+    def synchronized(self, phases: Phases) -> contextlib.AbstractContextManager[Any]:
+        """Around its second pass: only the last one's gradients go to the other ranks."""
+        return contextlib.nullcontext() if self.is_last else phases.parallelism.without_synchronization()
+
+
 class TwoPasses:
     """Algorithm 1: the gradient at w, the perturbation, the choice of B+, and the gradient of B+ at w + e."""
 
@@ -109,25 +127,16 @@ class TwoPasses:
         summed: list[Tensor | None] = [None] * len(params)
         for number, part in enumerate(parts, start=1):
             is_last = number == len(parts)
-            results.append(self._of_part(phases, losses, part, summed, selected, scaler, is_last))
+            results.append(self._of_part(phases, losses, Part(part, summed, selected, is_last, scaler)))
             if not is_last:
                 summed = [param.grad for param in params]
                 phases.drop_gradients()
                 phases.restore()
         return results
 
-    def _of_part(
-        self,
-        phases: Phases,
-        losses: Losses,
-        batch: tuple[Any, ...],
-        summed: list[Tensor | None],
-        selected_in_all: int,
-        scaler: torch.amp.GradScaler | None,
-        is_last: bool,
-    ) -> tuple[Tensor, Any]:
-        """Both passes over ``batch``; the gradients of the second are added to ``summed``."""
-        alone = phases.parallelism.without_synchronization
+    def _of_part(self, phases: Phases, losses: Losses, part: Part) -> tuple[Tensor, Any]:
+        """Both passes over the part. Returns its mean loss at w, and what else the closure returned for it."""
+        alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
         noise = phases.noise() if phases.ranking.looks_again else None
 
@@ -148,12 +157,12 @@ class TwoPasses:
             chosen = phases.select(loss_before, loss_after, *batch)
             batch = chosen if len(batch) > 1 else (chosen,)
 
-        with contextlib.nullcontext() if is_last else alone():
+        with part.synchronized(phases):
             loss_selected, _ = losses_and_rest(losses(*batch), k)
-            _hand_over(summed, phases.perturbation.params)
+            _hand_over(part.summed, phases.perturbation.params)
             loss_selected = loss_selected.mean()
-            if k != selected_in_all:
-                loss_selected = loss_selected * (k / selected_in_all)
+            if k != part.selected_in_all:
+                loss_selected = loss_selected * (k / part.selected_in_all)
             if scaler is not None and scaler.is_enabled():
                 loss_selected = nan_unless_finite(loss_selected, phases.perturbation.sum_of_squares)
             scaled(loss_selected, scaler).backward()
@@ -165,51 +174,43 @@ class SharpnessOfAPart(TwoPasses):
 
     .. math:: \nabla L_B(w) + \nabla L_Q(w + e) - \nabla L_Q(w)
 
-    Pass 1 sees the whole batch, first B without Q and then Q; pass 2 sees Q only.
+    Pass 1 sees the whole batch: Q, which the perturbation e follows from, and then the others. Pass 2 sees Q only.
     """
 
     def forwards(self, phases: Phases) -> float:
         """All gradients of pass 1 go into the update; pass 2 takes Q."""
         return _BASE_FORWARDS * (1.0 + phases.perturbation.settings.sharpness_share)
 
-    def _of_part(
-        self,
-        phases: Phases,
-        losses: Losses,
-        batch: tuple[Any, ...],
-        summed: list[Tensor | None],
-        selected_in_all: int,
-        scaler: torch.amp.GradScaler | None,
-        is_last: bool,
-    ) -> tuple[Tensor, Any]:
-        params, samples = phases.perturbation.params, batch_size(batch)
+    def _of_part(self, phases: Phases, losses: Losses, part: Part) -> tuple[Tensor, Any]:
+        params, scaler, samples = phases.perturbation.params, part.scaler, batch_size(part.batch)
         count = num_first(phases.perturbation.settings.sharpness_share, samples)
+        if count == samples and not phases.parallelism.forward_communicates:
+            return super()._of_part(phases, losses, part)
+        first, others = samples_between(part.batch, 0, count), samples_between(part.batch, count, samples)
         if count == samples:
-            return super()._of_part(phases, losses, batch, summed, selected_in_all, scaler, is_last)
-        first, others = samples_between(batch, 0, count), samples_between(batch, count, samples)
-        alone = phases.parallelism.without_synchronization
+            others = first  # without weight: the other ranks wait for a forward and a backward here
 
-        with alone():
+        with phases.parallelism.without_synchronization():
             noise = phases.noise()  # of the first forward: in a CUDA graph no other can be replayed
             loss_first, rest_of_first = losses_and_rest(losses(*first), count)
             drop_gradients(params)  # those of an attack inside the closure
             loss_first = loss_first.mean()
             phases.backward(scaled(loss_first, scaler), of_all=True)
             own = gradients(params)
-            loss_others, rest_of_others = losses_and_rest(losses(*others), samples - count)
+            loss_others, rest_of_others = losses_and_rest(losses(*others), batch_size(others))
             drop_gradients(params)
-            loss_others, share_of_others = loss_others.mean(), (samples - count) / selected_in_all
+            loss_others, share_of_others = loss_others.mean(), (samples - count) / part.selected_in_all
             scaled(loss_others * share_of_others, scaler).backward()
             kept = _minus(gradients(params), own, share_of_others)
         _hand_over(own, params)
         phases.first_step(zero_grad=True)
 
-        with contextlib.nullcontext() if is_last else alone():
+        with part.synchronized(phases):
             with contextlib.nullcontext() if noise is None else noise.replay():
                 loss_after, _ = losses_and_rest(losses(*first), count)
-            _hand_over(_plus(summed, kept), params)
+            _hand_over(_plus(part.summed, kept), params)
             # What is not finite in pass 1 is in the gradients already: a scaler sees it.
-            scaled(loss_after.mean() * (samples / selected_in_all), scaler).backward()
+            scaled(loss_after.mean() * (samples / part.selected_in_all), scaler).backward()
         loss = (loss_first.detach() * count + loss_others.detach() * (samples - count)) / samples
         rests = [rest for rest in (rest_of_first, rest_of_others) if rest is not None]
         return loss, rests or None

@@ -13,12 +13,7 @@ from esam_kernels import SAM
 CONTEXT = Context(torch.device("cpu"), TINY)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TwoPasses(SAM):

@@ -16,12 +16,7 @@ CPU = torch.device("cpu")
 SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step, "modes": modes, "kept_heap": kept_heap}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", SUITES)

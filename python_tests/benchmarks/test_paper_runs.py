@@ -21,12 +21,7 @@ EXPERIMENTS = experiments.registry()
 CONDITIONS = ("date", "load")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def command(out: Path, *arguments: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import loss_checks
 import operator_checks as checks
 import pytest
 import torch
@@ -127,19 +128,19 @@ def test_adam_with_steps_counted_on_the_host(backend, monkeypatch):
 
 @in_both_orders
 @dtypes
-@pytest.mark.parametrize("kind", checks.TARGETS)
-@pytest.mark.parametrize("classes", checks.CLASSES)
+@pytest.mark.parametrize("kind", loss_checks.TARGETS)
+@pytest.mark.parametrize("classes", loss_checks.CLASSES)
 def test_cross_entropy(backend, device, dtype, kind, classes):
-    checks.check_cross_entropy(backend, device, dtype, kind, classes)
+    loss_checks.check_cross_entropy(backend, device, dtype, kind, classes)
 
 
 @dtypes
 def test_cross_entropy_of_rows_anywhere(backend, device, dtype):
-    checks.check_cross_entropy_layouts(backend, device, dtype)
+    loss_checks.check_cross_entropy_layouts(backend, device, dtype)
 
 
 def test_cross_entropy_of_extremes(backend, device):
-    checks.check_cross_entropy_extremes(backend, device)
+    loss_checks.check_cross_entropy_extremes(backend, device)
 
 
 @dtypes
@@ -158,17 +159,17 @@ def test_a_probability_of_zero_at_a_masked_logit(backend, classes):
 @dtypes
 @pytest.mark.parametrize("samples", [1, 2, 31, 256, 257, 512])
 def test_select(backend, device, dtype, samples):
-    checks.check_select(backend, device, dtype, samples)
+    loss_checks.check_select(backend, device, dtype, samples)
 
 
 @in_both_orders
 def test_select_of_more_samples_than_keys_are_kept(backend, device):
-    checks.check_select(backend, device, torch.float32, 4500)
+    loss_checks.check_select(backend, device, torch.float32, 4500)
 
 
 @in_both_orders
 def test_gather(backend, device):
-    checks.check_gather(backend, device)
+    loss_checks.check_gather(backend, device)
 
 
 @in_both_orders
@@ -176,7 +177,7 @@ def test_gather(backend, device):
     ("classes", "dtype"), [(10, torch.float32), (100, torch.bfloat16), (1001, torch.float16), (2050, torch.float32)]
 )
 def test_losses_select_gather(backend, device, dtype, classes):
-    checks.check_losses_select_gather(backend, device, dtype, classes)
+    loss_checks.check_losses_select_gather(backend, device, dtype, classes)
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ _DEVICES = itertools.count(1)
 
 def b_plus(backend):
     """B+ from logits, every result of it compared."""
-    before, target, _ = checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 10)
+    before, target, _ = loss_checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 10)
     after = before.flip(0)
     losses = [reference.cross_entropy_forward(logits, target, 0.0, -100)[0] for logits in (before, after)]
     one, other, indices, rows = backend.losses_select_gather(before, after, 5, [before, target], target)
@@ -245,7 +246,7 @@ def training(backend, gamma=0.5):
 @in_both_orders
 def test_select_of_the_optimizer_is_one_launch(chosen_backend, emulated):
     _, optimizer = training(chosen_backend)
-    before, after = checks.tied_losses(torch.device("cpu"), 33)
+    before, after = loss_checks.tied_losses(torch.device("cpu"), 33)
     inputs, target = torch.randn(33, 3, 4, 4), torch.arange(33)
     expected = reference.select(before, after, 16)
     emulated.take_launches()
@@ -261,7 +262,7 @@ def test_select_of_the_optimizer_is_one_launch(chosen_backend, emulated):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_select_from_logits_is_one_launch(chosen_backend, emulated, kind, label_smoothing, dtype):
     _, optimizer = training(chosen_backend)
-    logits, target, _ = checks.logits_and_target(torch.device("cpu"), dtype, kind, 10, 21)
+    logits, target, _ = loss_checks.logits_and_target(torch.device("cpu"), dtype, kind, 10, 21)
     if kind == "index":
         target[target == -100] = 3
     losses = F.cross_entropy(
@@ -283,7 +284,7 @@ def test_select_from_logits_is_one_launch(chosen_backend, emulated, kind, label_
 
 def test_smoothed_logits_before_and_losses_after(chosen_backend):
     """The kernel is chosen by the logits that are there."""
-    logits, target, _ = checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 2500, 9)
+    logits, target, _ = loss_checks.logits_and_target(torch.device("cpu"), torch.float32, "index", 2500, 9)
     losses = F.cross_entropy(logits.double(), target, reduction="none", label_smoothing=0.5)
     rises = torch.randperm(9) / 100
     after, expected = (losses + rises).float(), rises.topk(4).indices.sort().values

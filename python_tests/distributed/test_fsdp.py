@@ -263,15 +263,16 @@ def _mixed_precision(options: dict[str, Any]) -> list[Tensor]:
     return trained
 
 
-def test_ranks_with_batches_of_different_size_do_not_wait_for_each_other() -> None:
-    first, second = run_ranks(_uneven_steps)
+@pytest.mark.parametrize("options", [{}, {"gamma": 1.0, "sharpness_share": 0.5}], ids=["B+", "sharpness of a part"])
+def test_ranks_with_batches_of_different_size_do_not_wait_for_each_other(options: dict[str, Any]) -> None:
+    first, second = run_ranks(_uneven_steps, options)
     assert all(map(torch.equal, first, second))
     assert all(weight.isfinite().all() for weight in first)
 
 
-def _uneven_steps() -> list[Tensor]:
+def _uneven_steps(options: dict[str, Any]) -> list[Tensor]:
     model = shard(build_model())
-    optimizer = ESAM(model.parameters(), model=model, **SGD, **ELEMENT)
+    optimizer = ESAM(model.parameters(), model=model, **{**SGD, **ELEMENT, **options})
     for number, parts in enumerate(batches(6)):
         # of one sample there is nothing to select, but the other rank needs its part in the forward
         size = 1 if dist.get_rank() == number % 2 else 8

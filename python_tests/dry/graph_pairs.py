@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from steps import BASES, Training, assert_same_weights, batches
@@ -23,6 +25,26 @@ def training_for_graphs(**options):
 
 def plain_training(**options):
     return Training(CPU, "native", **options)
+
+
+@contextlib.contextmanager
+def nothing_changes(training):
+    """Weights, optimizer state, buffers, counters and random state."""
+
+    def all_of_it():
+        optimizer = training.optimizer
+        state = optimizer.state_dict()
+        tensors = [tensor for values in state["state"].values() for tensor in values.values()]
+        tensors += [torch.get_rng_state(), *training.model.state_dict().values()]
+        draw = optimizer._perturbation.draw.pool
+        return [tensor.clone() for tensor in tensors], state["esam"], state["param_groups"], draw
+
+    tensors, *rest = all_of_it()
+    yield
+    tensors_now, *rest_now = all_of_it()
+    assert len(tensors) == len(tensors_now)
+    assert all(map(torch.equal, tensors, tensors_now))
+    assert rest == rest_now
 
 
 class Pair:

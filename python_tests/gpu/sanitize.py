@@ -27,6 +27,7 @@ FOUND = 9
 
 def small_set() -> None:
     """Every kernel once, in one or two dtypes, aligned and not. What it computes is checked as well."""
+    import loss_checks
     import operator_checks as checks
 
     from esam_kernels import backends
@@ -45,11 +46,11 @@ def small_set() -> None:
             checks.check_sgd(backend, device, dtype, checks.SGD_VARIANTS[4], False, None, shift)
             checks.check_adam(backend, device, dtype, True, True, False, device, None, shift)
             for classes in (10, 5000):
-                checks.check_cross_entropy(backend, device, dtype, "smoothed", classes)
-        checks.check_select(backend, device, torch.float32, 512)
-        checks.check_gather(backend, device)
+                loss_checks.check_cross_entropy(backend, device, dtype, "smoothed", classes)
+        loss_checks.check_select(backend, device, torch.float32, 512)
+        loss_checks.check_gather(backend, device)
         if name == "cuda":
-            checks.check_losses_select_gather(backend, device, torch.float32, 1000)
+            loss_checks.check_losses_select_gather(backend, device, torch.float32, 1000)
         print(f"{name}: done", flush=True)
 
 

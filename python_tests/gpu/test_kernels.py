@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import loss_checks
 import operator_checks as checks
 import pytest
 import torch
@@ -81,21 +82,21 @@ def test_adam(backend, device, dtype, amsgrad, decoupled):
 
 
 @dtypes
-@pytest.mark.parametrize("kind", checks.TARGETS)
-@pytest.mark.parametrize("classes", [*checks.CLASSES, 128_256])
+@pytest.mark.parametrize("kind", loss_checks.TARGETS)
+@pytest.mark.parametrize("classes", [*loss_checks.CLASSES, 128_256])
 def test_cross_entropy(backend, device, dtype, kind, classes):
-    checks.check_cross_entropy(backend, device, dtype, kind, classes)
+    loss_checks.check_cross_entropy(backend, device, dtype, kind, classes)
 
 
 @dtypes
 def test_cross_entropy_of_rows_anywhere(backend, device, dtype):
-    checks.check_cross_entropy_layouts(backend, device, dtype)
+    loss_checks.check_cross_entropy_layouts(backend, device, dtype)
 
 
 def test_cross_entropy_of_extremes(backend, backend_name, device):
     if backend_name == "reference":
         pytest.skip("it refuses classes out of range on the CPU")
-    checks.check_cross_entropy_extremes(backend, device)
+    loss_checks.check_cross_entropy_extremes(backend, device)
 
 
 @dtypes
@@ -114,11 +115,11 @@ def test_a_probability_of_zero_at_a_masked_logit(backend, device, classes):
 @dtypes
 @pytest.mark.parametrize("samples", [1, 2, 31, 256, 257, 512, 4096, 4500, 16_384])
 def test_select(backend, device, dtype, samples):
-    checks.check_select(backend, device, dtype, samples)
+    loss_checks.check_select(backend, device, dtype, samples)
 
 
 def test_gather(backend, device):
-    checks.check_gather(backend, device)
+    loss_checks.check_gather(backend, device)
 
 
 @dtypes
@@ -126,7 +127,7 @@ def test_gather(backend, device):
 def test_losses_select_gather(backend, device, dtype, classes):
     if backend.losses_select_gather is None:
         pytest.skip("only the CUDA backend has one launch for all three")
-    checks.check_losses_select_gather(backend, device, dtype, classes)
+    loss_checks.check_losses_select_gather(backend, device, dtype, classes)
 
 
 def test_self_check_of_the_doctor(backend, device):
