@@ -31,8 +31,6 @@ class Mode:
     """The share of the training in which gamma falls from 1."""
     start: float | None = None
     """The share of the training after which rho is above 0."""
-    searched_as: str | None = None
-    """The mode whose trials this one tries too: what differs between the two is then not the luck of the draw."""
     first_share: float = 1.0
     """The share of the batch on which pass 1 finds the perturbation; pass 2 then takes the whole batch."""
 
@@ -134,7 +132,7 @@ MODES: tuple[Mode, ...] = (
         _half(ranking="random"),
         only_normalization=True,
     ),
-    Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", RADII, first_share=0.25, searched_as="sam"),
+    Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", RADII, first_share=0.25),
     Mode(
         "norm-quarter",
         "normalization only, pass 1 on a quarter of the batch",
@@ -142,13 +140,7 @@ MODES: tuple[Mode, ...] = (
         only_normalization=True,
         first_share=0.25,
     ),
-    Mode(
-        "sharp-quarter",
-        "SAM, sharpness of a quarter of the batch",
-        RADII,
-        {"sharpness_share": 0.25},
-        searched_as="sam",
-    ),
+    Mode("sharp-quarter", "SAM, sharpness of a quarter of the batch", RADII, {"sharpness_share": 0.25}),
     Mode(
         "norm-sharp-quarter",
         "normalization only, sharpness of a quarter of the batch",

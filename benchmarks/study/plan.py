@@ -6,36 +6,33 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from benchmarks.study.modes import Mode
-from benchmarks.study.rows import Rows, Unit, best_trial
-from benchmarks.study.settings import FIRST_SEARCH_SEED, Setting
+from benchmarks.study.rows import Rows, Unit
+from benchmarks.study.settings import Setting
+from benchmarks.study.training import Trial
 
 # SAM's cost in units of SGD's step: the time that every mode has in the comparison at equal time.
 TIME = 2.0
 
 
 def missing(rows: Rows, setting: Setting, mode: Mode) -> list[Unit]:
-    """The trainings that this mode needs next; empty when all three stages are there."""
-    search = search_units(setting, mode)
-    waiting = [unit for unit in search if unit not in rows]
-    return waiting or [unit for unit in report_units(rows, setting, mode) if unit not in rows]
+    """The trainings that this mode needs next; empty when all is there."""
+    waiting, best = search(rows, setting, mode)
+    if best is None:
+        return waiting
+    return [unit for unit in report_units(rows, setting, mode, best) if unit not in rows]
 
 
-def search_units(setting: Setting, mode: Mode) -> list[Unit]:
-    """Every trial on every seed of the search."""
-    seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + setting.search_seeds)
-    return [
-        Unit(setting, mode.name, "search", trial, setting.epochs, seed)
-        for trial in setting.trials_of(mode)
-        for seed in seeds
-    ]
+def search(rows: Rows, setting: Setting, mode: Mode) -> tuple[list[Unit], Trial | None]:
+    """The next trainings of the search; where it has ended, the trial that it chose."""
+    found = rows.of(setting.name, mode.name, "search")
+    accuracies = {(str(Trial(**row["trial"])), row["seed"]): row["validation_accuracy"] for row in found}
+    runs, best = setting.search.next_runs(mode, lambda run: accuracies.get((str(run[0]), run[1])))
+    return [Unit(setting, mode.name, "search", trial, setting.epochs, seed) for trial, seed in runs], best
 
 
-def report_units(rows: Rows, setting: Setting, mode: Mode) -> list[Unit]:
+def report_units(rows: Rows, setting: Setting, mode: Mode, best: Trial) -> list[Unit]:
     """The best trial on the seeds of the report: for as many epochs as SAM, and where that is more, for SAM's time."""
-    trials = setting.trials_of(mode)
-    searched = rows.of(setting.name, mode.name, "search")
-    best = best_trial(searched, trials)
-    cost = fmean(row["cost"] for row in searched)
+    cost = fmean(row["cost"] for row in rows.of(setting.name, mode.name, "search"))
     longer = max(1, round(setting.epochs * TIME / cost))
     lengths = {"epochs": setting.epochs}
     if longer > setting.epochs:
@@ -71,14 +68,12 @@ def counts(rows: Rows, settings: Sequence[Setting], modes: Sequence[Mode]) -> tu
     done = total = 0
     for setting in settings:
         for mode in filter(setting.has, modes):
-            search = search_units(setting, mode)
-            found = sum(unit in rows for unit in search)
-            done += found
-            total += len(search)
-            if found < len(search):
-                total += 2 * setting.seeds
+            _, best = search(rows, setting, mode)
+            if best is None:
+                done += len(rows.of(setting.name, mode.name, "search"))
+                total += setting.search.size(mode) + 2 * setting.seeds
                 continue
-            report = report_units(rows, setting, mode)
-            done += sum(unit in rows for unit in report)
-            total += len(report)
+            report = report_units(rows, setting, mode, best)
+            done += setting.search.size(mode) + sum(unit in rows for unit in report)
+            total += setting.search.size(mode) + len(report)
     return done, total

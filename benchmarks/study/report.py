@@ -95,7 +95,7 @@ def sensitivity(summary: Summary, rows: Rows) -> str:
     """The best validation accuracy of the search at each batch size."""
     parts = []
     for setting in summary.settings:
-        sizes = setting.batch_sizes
+        sizes = setting.search.batch_sizes
         header = " | ".join(f"batch {size}" for size in sizes)
         lines = [f"{setting.title}:", "", f"| mode | {header} |", "|---|" + "---:|" * len(sizes)]
         for mode in MODES:

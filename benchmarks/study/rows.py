@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -81,11 +79,3 @@ class Rows:
         """The rows of a stage."""
         wanted = (setting, mode, purpose)
         return [row for row in self if (row["setting"], row["mode"], row["purpose"]) == wanted]
-
-
-def best_trial(rows: Iterable[Row], trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest mean validation accuracy; the earlier one of equals."""
-    accuracies: dict[str, list[float]] = {}
-    for row in rows:
-        accuracies.setdefault(str(Trial(**row["trial"])), []).append(row["validation_accuracy"])
-    return max(trials, key=lambda trial: fmean(accuracies[str(trial)]))

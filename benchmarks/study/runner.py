@@ -25,7 +25,7 @@ from progress import Progress
 
 def run_unit(unit: Unit, data: str | None) -> Row:
     """Train once; all that is random in it follows from its seed."""
-    samples = unit.setting.load(data).with_label_noise(unit.setting.label_noise, unit.seed)
+    samples = unit.setting.load(data).redrawn(unit.seed).with_label_noise(unit.setting.label_noise, unit.seed)
     torch.manual_seed(unit.seed)
     network = unit.setting.network()
     mode = BY_NAME[unit.mode]

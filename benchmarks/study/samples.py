@@ -14,7 +14,7 @@ from benchmarks.paper.data_sets import Data
 # isort: split
 from data import UserError, load
 
-# The validation and the test set do not change with the seed of a training.
+# The test set does not change with the seed of a training.
 SPLIT_SEED = 20
 
 
@@ -26,6 +26,18 @@ class Samples:
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     classes: int = 10
+
+    def redrawn(self, seed: int) -> Samples:
+        """A copy whose training and validation set are drawn anew from the two together; the sizes stay.
+
+        What the search chooses then depends less on which samples happen to be in one validation set.
+        """
+        order = torch.randperm(
+            len(self.train[1]) + len(self.validation[1]), generator=torch.Generator().manual_seed(SPLIT_SEED + seed)
+        )
+        inputs, labels = (torch.cat(both)[order] for both in zip(self.train, self.validation))
+        count = len(self.train[1])
+        return Samples((inputs[:count], labels[:count]), (inputs[count:], labels[count:]), self.test, self.classes)
 
     def with_label_noise(self, share: float, seed: int) -> Samples:
         """A copy in which ``share`` of the training labels is replaced, each by one of the other classes."""
@@ -55,7 +67,7 @@ def split(inputs: Tensor, labels: Tensor, train: int, validation: int, test: int
 
 
 @functools.cache
-def mnist1d(train: int = 4000, validation: int = 2000, test: int = 4000) -> Samples:
+def mnist1d(train: int = 4000, validation: int = 4000, test: int = 4000) -> Samples:
     """MNIST-1D (Greydanus, 2020), made by its own package with its own defaults: signals of 40 numbers, 10 classes.
 
     Raises:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from benchmarks.study import networks, samples
 from benchmarks.study.modes import Mode
 from benchmarks.study.samples import Samples
-from benchmarks.study.training import Trial
+from benchmarks.study.search import Search
 
 SCALES = ("smoke", "full")
-# The seeds of the search; those of the report start at 0.
-FIRST_SEARCH_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -29,22 +25,11 @@ class Setting:
     network: Callable[[], nn.Module]
     label_noise: float
     epochs: int
-    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
-    batch_sizes: tuple[int, ...] = (32, 64, 128)
-    weight_decays: tuple[float, ...] = (5e-4, 2e-3)
-    trials: int = 12
-    search_seeds: int = 2
+    search: Search = field(default_factory=Search)
     seeds: int = 10
     bfloat16: bool = False
     without: tuple[str, ...] = ()
     """Modes that this network has no layers for."""
-
-    def trials_of(self, mode: Mode) -> list[Trial]:
-        """The trials of a mode's search: the same number for each mode, drawn from its grid, always the same ones."""
-        radii: tuple[float | None, ...] = mode.radii or (None,)
-        grid = list(itertools.product(self.rates, self.batch_sizes, self.weight_decays, radii))
-        drawn = random.Random(f"{self.name} {mode.searched_as or mode.name}").sample(grid, min(self.trials, len(grid)))
-        return [Trial(*values) for values in drawn]
 
     def has(self, mode: Mode) -> bool:
         """Whether the mode can be run here."""
@@ -52,7 +37,8 @@ class Setting:
 
     def smoke(self) -> Setting:
         """The smallest version, for tests of the program."""
-        return replace(self, epochs=1, trials=2, search_seeds=1, seeds=2, batch_sizes=self.batch_sizes[-1:])
+        search = Search(self.search.rates[:2], self.search.batch_sizes[-1:], (5e-4,), combinations=1, rounds=((1, 1),))
+        return replace(self, epochs=1, seeds=2, search=search)
 
 
 _NO_NORMALIZATION = (
@@ -102,7 +88,7 @@ _TRANSFORMER = replace(
     name="mnist1d-transformer",
     title="MNIST-1D, Transformer",
     network=networks.Transformer,
-    rates=(0.01, 0.02, 0.05, 0.1),
+    search=Search(rates=(0.01, 0.02, 0.05, 0.1)),
     seeds=5,
 )
 _CIFAR = Setting(
@@ -112,10 +98,7 @@ _CIFAR = Setting(
     networks.small_resnet,
     0.0,
     epochs=60,
-    rates=(0.05, 0.1),
-    batch_sizes=(64, 128),
-    trials=4,
-    search_seeds=1,
+    search=Search((0.05, 0.1), (64, 128), combinations=1, rounds=()),
     seeds=3,
     bfloat16=True,
 )
@@ -124,7 +107,7 @@ _CIFAR_PLAIN = replace(
     name="cifar10-plain",
     title="CIFAR-10 (JPEG), 10,000 images, network without normalization",
     network=networks.plain_cnn,
-    rates=(0.01, 0.03),
+    search=Search((0.01, 0.03), (64, 128), combinations=1, rounds=()),
     without=_MLP.without,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -15,11 +16,12 @@ from benchmarks.study import __main__ as program
 from benchmarks.study import chart, report
 from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.modes import CentredByClass, Softened
-from benchmarks.study.plan import missing, next_units, report_units, search_units
-from benchmarks.study.rows import Rows, Unit, best_trial
+from benchmarks.study.plan import missing, next_units, report_units, search
+from benchmarks.study.rows import Rows, Unit
 from benchmarks.study.samples import Samples, digits, split
+from benchmarks.study.search import Search
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
-from benchmarks.study.settings import FIRST_SEARCH_SEED, SETTINGS
+from benchmarks.study.settings import SETTINGS
 from benchmarks.study.summary import Difference, Summary
 from benchmarks.study.training import Outcome, Trial, cost_of, step, train
 from esam_kernels import ESAM, RankingContext
@@ -33,46 +35,93 @@ def a_row(mode: str, purpose: str, trial: Trial, seed: int, accuracy: float, set
     return unit.row(Outcome(accuracy, accuracy, accuracy, cost, 1.0))
 
 
-def test_every_mode_gets_the_same_number_of_trials():
-    for setting in SETTINGS:
-        for mode in MODES.values():
-            trials = setting.trials_of(mode)
-            assert len(trials) == min(setting.trials, len(set(trials))) == len(set(trials))
-            assert trials == setting.trials_of(mode)
-            assert all((trial.rho is None) == (mode.name == "sgd") for trial in trials)
+def searched(search: Search, mode: str, accuracy) -> tuple[list[list[tuple[Trial, int]]], Trial]:
+    """The stages of a search in which each run comes to accuracy(trial, seed), and the trial that it chooses."""
+    known, stages = {}, []
+    while True:
+        runs, best = search.next_runs(MODES[mode], lambda run: known.get((str(run[0]), run[1])))
+        if best is not None:
+            return stages, best
+        stages.append(runs)
+        known |= {(str(trial), seed): accuracy(trial, seed) for trial, seed in runs}
 
 
-def test_modes_that_share_a_search_try_the_same_trials_and_the_others_do_not():
+def test_all_modes_with_the_same_radii_start_with_the_same_trials():
     for setting in SETTINGS:
-        tried = {name: setting.trials_of(MODES[name]) for name in ("sam", "sam-quarter", "sharp-quarter", "esam")}
-        assert tried["sam"] == tried["sam-quarter"] == tried["sharp-quarter"]
-        assert tried["esam"] != tried["sam"]
+        first = {name: setting.search.first_trials(mode) for name, mode in MODES.items()}
+        assert first["sam"] == first["sharp-quarter"] == first["sam-quarter"] == first["esam"]
+        combinations = [dataclasses.replace(trial, rho=None) for trial in first["sam"]]
+        assert combinations == first["sgd"] == [dataclasses.replace(t, rho=None) for t in first["norm-random"]]
+        assert len(set(combinations)) == len(combinations)
+
+
+def test_each_radius_meets_each_learning_rate_in_the_first_trials():
+    trials = Search().first_trials(MODES["sam"])
+    assert {(trial.lr, trial.rho) for trial in trials} == set(itertools.product(Search().rates, MODES["sam"].radii))
+
+
+def test_the_search_finds_a_best_trial_that_was_not_in_its_first_stage():
+    wanted = Trial(0.1, 64, 2e-3, 0.1)
+    assert wanted not in Search().first_trials(MODES["sam"])
+
+    def accuracy(trial: Trial, seed: int) -> float:
+        parts = ((trial.lr, 0.1), (trial.batch_size, 64), (trial.weight_decay, 2e-3), (trial.rho, 0.1))
+        return 90.0 - sum(abs(math.log(value / best)) for value, best in parts)
+
+    stages, best = searched(Search(), "sam", accuracy)
+    assert best == wanted
+    assert [len(stage) for stage in stages] == [24, 6 * 3, 8, 6]
+    assert [sorted({seed for _, seed in stage}) for stage in stages] == [[100], [100], [101], [102, 103]]
+
+
+def test_the_mean_over_the_seeds_of_the_last_round_chooses():
+    lucky, steady = Trial(0.02, 32, 5e-4), Trial(0.05, 32, 5e-4)
+
+    def accuracy(trial: Trial, seed: int) -> float:
+        if trial == lucky:
+            return 99.0 if seed == 100 else 91.0
+        return 95.0 if trial == steady else 50.0
+
+    assert searched(Search(), "sgd", accuracy)[1] == steady
+
+
+@pytest.mark.parametrize("mode", ["sgd", "sam", "momentum"])
+@pytest.mark.parametrize("setting", ["digits", "cifar10"])
+def test_the_size_of_a_search_is_known_before(setting, mode):
+    search = SETTINGS_BY_NAME[setting].search
+    stages, _ = searched(search, mode, lambda trial, seed: trial.lr)
+    assert search.size(MODES[mode]) == sum(len(stage) for stage in stages)
+
+
+def finish_search(rows: Rows, setting, mode: str, cost: float = 1.0) -> Trial:
+    while True:
+        units, best = search(rows, setting, MODES[mode])
+        if best is not None:
+            return best
+        for unit in units:
+            rows.add(unit.row(Outcome(50.0, 50.0, 50.0, cost, 1.0)))
 
 
 def test_seeds_that_choose_are_not_reported(tmp_path):
     rows = Rows(tmp_path / "rows.json")
-    searched = search_units(DIGITS, MODES["sam"])
-    assert {unit.seed for unit in searched} == {FIRST_SEARCH_SEED}
-    for unit in searched:
-        rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 2.0, 1.0)))
-    assert {unit.seed for unit in report_units(rows, DIGITS, MODES["sam"])} == {0, 1}
+    best = finish_search(rows, DIGITS, "sam", cost=2.0)
+    assert {row["seed"] for row in rows} == {100, 101}
+    assert {unit.seed for unit in report_units(rows, DIGITS, MODES["sam"], best)} == {0, 1}
 
 
-def test_the_validation_accuracy_chooses_the_trial():
-    worse, better = Trial(0.1, 128, 0.0), Trial(0.2, 128, 0.0)
-    rows = [
-        {**a_row("sgd", "search", worse, 100, 90.0), "test_accuracy": 99.0},
-        {**a_row("sgd", "search", better, 100, 91.0), "test_accuracy": 10.0},
-    ]
-    assert best_trial(rows, [worse, better]) == better
+def test_the_validation_accuracy_chooses_the_trial(tmp_path):
+    rows = Rows(tmp_path / "rows.json")
+    units, _ = search(rows, DIGITS, MODES["sgd"])
+    for unit, validation, test in zip(units, (90.0, 91.0), (99.0, 10.0), strict=True):
+        rows.add(unit.row(Outcome(50.0, validation, test, 1.0, 1.0)))
+    assert [unit.trial for unit in search(rows, DIGITS, MODES["sgd"])[0]] == [units[1].trial]
 
 
 def test_equal_time_is_sams_time(tmp_path):
     rows = Rows(tmp_path / "rows.json")
     setting = dataclasses.replace(DIGITS, epochs=30)
-    for unit in search_units(setting, MODES["esam"]):
-        rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 1.7, 1.0)))
-    lengths = {unit.purpose: unit.epochs for unit in report_units(rows, setting, MODES["esam"])}
+    best = finish_search(rows, setting, "esam", cost=1.7)
+    lengths = {unit.purpose: unit.epochs for unit in report_units(rows, setting, MODES["esam"], best)}
     assert lengths == {"epochs": 30, "time": 35}
 
 
@@ -83,7 +132,8 @@ def test_equal_time_comes_after_all_the_rest(tmp_path):
         stages.append({(unit.mode, unit.purpose) for unit in units})
         for unit in units:
             rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 1.0, 1.0)))
-    assert stages == [{(mode.name, purpose)} for mode in modes for purpose in ("search", "epochs")] + [
+    purposes = {"sgd": ["search"] * 2, "norm-random": ["search"] * 3}
+    assert stages == [{(mode.name, p)} for mode in modes for p in (*purposes[mode.name], "epochs")] + [
         {(mode.name, "time")} for mode in modes
     ]
 
@@ -123,11 +173,11 @@ def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, capsys):
     assert program.main([*arguments, "--minutes", "0"]) == program.EXIT_NOT_FINISHED
     assert program.main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["purpose"] for row in rows] == ["search"] * 2 + ["epochs"] * 2 + ["time"] * 2
+    assert [row["purpose"] for row in rows] == ["search"] * 6 + ["epochs"] * 2 + ["time"] * 2
     assert all(math.isclose(row["cost"], 1.17, abs_tol=0.02) for row in rows)
     capsys.readouterr()
     assert program.main(arguments) == 0
-    assert "0 of 6 trainings are missing" in capsys.readouterr().out
+    assert "0 of 10 trainings are missing" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
@@ -138,7 +188,7 @@ def test_nothing_is_missing_once_all_stages_are_there(tmp_path):
         seen.append({unit.purpose for unit in units})
         for unit in units:
             rows.add(unit.row(Outcome(50.0, 50.0, 50.0, 1.0, 1.0)))
-    assert seen == [{"search"}, {"epochs", "time"}]
+    assert seen == [{"search"}, {"search"}, {"epochs", "time"}]
 
 
 def test_a_training_depends_on_its_seed_alone():
@@ -188,6 +238,19 @@ def test_the_three_sets_have_nothing_in_common():
     parts = split(inputs, inputs.long(), 50, 30, 20)
     together = torch.cat([parts.train[0], parts.validation[0], parts.test[0]])
     assert torch.equal(together.sort().values, inputs)
+
+
+def test_each_seed_draws_its_own_training_and_validation_set():
+    inputs = torch.arange(100.0)
+    parts = split(inputs, inputs.long(), 50, 30, 20)
+    drawn, again, other = (parts.redrawn(seed) for seed in (1, 1, 2))
+    assert torch.equal(drawn.train[0], again.train[0])
+    assert not torch.equal(drawn.train[0], other.train[0])
+    assert (len(drawn.train[1]), len(drawn.validation[1])) == (50, 30)
+    assert torch.equal(drawn.train[0].long(), drawn.train[1])
+    together = torch.cat([drawn.train[0], drawn.validation[0], drawn.test[0]])
+    assert torch.equal(together.sort().values, inputs)
+    assert torch.equal(drawn.test[0], parts.test[0])
 
 
 def head_context(labels: torch.Tensor) -> RankingContext:
