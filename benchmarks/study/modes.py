@@ -34,6 +34,11 @@ class Mode:
     first_share: float = 1.0
     """The share of the batch on which pass 1 finds the perturbation; pass 2 then takes the whole batch."""
 
+    @property
+    def chooses_data(self) -> bool:
+        """Whether pass 2 takes only B+."""
+        return self.settings.get("gamma", 1.0) < 1.0
+
     def optimizer(
         self, model: nn.Module, rho: float | None, seed: int, steps: int, **base: Any
     ) -> tuple[torch.optim.Optimizer, list[Schedule]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.paper.store import write
 from benchmarks.study import chart
@@ -17,6 +18,9 @@ from benchmarks.study.summary import Result, Summary
 
 PAGE = Path("docs") / "study.md"
 CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
+# The mode that README and site name first.
+RECOMMENDED = "sharp-quarter"
+RECOMMENDED_CODE = "SAM(..., sharpness_share=0.25)"
 BLOCK = re.compile(r"(<!-- study:(?P<what>[a-z]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 
 
@@ -84,11 +88,59 @@ def verdicts(summary: Summary, rows: Rows) -> str:
         found = [r for s in summary.settings if (r := summary.result(s.name, mode.name)) is not None]
         if not found or mode.name in ("sgd", "sam"):
             continue
-        costs = sorted({f"{result.cost:.2f}" for result in found})
-        cost = costs[0] if len(costs) == 1 else f"{costs[0]} to {costs[-1]}"
         lost = "; ".join(summary.losses(mode.name)) or "none"
-        lines.append(f"| {mode.text} | {cost} | {lost} | {len(found)} of {len(summary.settings)} |")
+        lines.append(f"| {mode.text} | {_range(found)} | {lost} | {len(found)} of {len(summary.settings)} |")
     return "\n".join(lines) if len(lines) > 2 else "So far only SGD and SAM are measured."
+
+
+def recommendation(summary: Summary, rows: Rows) -> str:
+    """Three lines: what to take, how it stands to SAM, how it stands to SGD."""
+    found = {s.title: r for s in summary.settings if (r := summary.result(s.name, RECOMMENDED)) is not None}
+    if not found:
+        return "Nothing is measured yet."
+    lines = [
+        f"- **Take `{RECOMMENDED_CODE}`**: a step costs {_range(found.values())} steps of SGD; one of SAM costs 2."
+    ]
+    for other, text in (("sam", "SAM"), ("sgd", "SGD")):
+        differences = {
+            s.title: found[s.title].minus(summary.result(s.name, other)) for s in summary.settings if s.title in found
+        }
+        above = sum(d.is_above for d in differences.values())
+        below = [f"{title} ({d.mean:+.1f})" for title, d in differences.items() if d.is_below]
+        equal = len(differences) - above - len(below)
+        lines.append(
+            f"- Against {text}, in {len(differences)} settings: more accurate in {above}, no clear difference in {equal}, "
+            f"less accurate in {len(below)}{': ' if below else ''}{'; '.join(below)}."
+        )
+    return "\n".join(lines)
+
+
+def selections(summary: Summary, rows: Rows) -> str:
+    """For each mode that chooses data: how many labels in B+ are wrong, and what that is worth."""
+    lines = [
+        "| setting | wrong labels | mode | wrong labels in B+ | over SGD | over SAM |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for setting in summary.settings:
+        sgd, sam = summary.result(setting.name, "sgd"), summary.result(setting.name, "sam")
+        for mode in MODES:
+            result = summary.result(setting.name, mode.name)
+            if result is None or not mode.chooses_data or setting.label_noise == 0.0:
+                continue
+            wrong = fmean(row["wrong_in_selection"] for row in result.rows)
+            cells = [
+                setting.title.rpartition(",")[0],
+                f"{100 * setting.label_noise:.0f} %",
+                mode.text,
+                f"{wrong:.0f} %",
+            ]
+            lines.append(f"| {' | '.join([*cells, str(result.minus(sgd)), str(result.minus(sam))])} |")
+    return "\n".join(lines) if len(lines) > 2 else "Nothing is measured yet."
+
+
+def _range(results: Iterable[Result]) -> str:
+    costs = sorted({f"{result.cost:.2f}" for result in results})
+    return costs[0] if len(costs) == 1 else f"{costs[0]} to {costs[-1]}"
 
 
 def sensitivity(summary: Summary, rows: Rows) -> str:
@@ -128,6 +180,8 @@ def conditions(summary: Summary, rows: Rows) -> str:
 
 
 BLOCKS: dict[str, Callable[[Summary, Rows], str]] = {
+    "recommendation": recommendation,
+    "selections": selections,
     "accuracies": accuracies,
     "verdicts": verdicts,
     "sensitivity": sensitivity,

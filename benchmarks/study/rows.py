@@ -43,7 +43,7 @@ class Unit:
             "trial": asdict(self.trial),
             "epochs": self.epochs,
             "seed": self.seed,
-            **{name: round(value, 4) for name, value in asdict(outcome).items()},
+            **{name: round(value, 4) for name, value in asdict(outcome).items() if value is not None},
             **{name: where[name] for name in ENVIRONMENT},
         }
 

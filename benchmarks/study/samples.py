@@ -26,6 +26,8 @@ class Samples:
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     classes: int = 10
+    wrong: Tensor | None = None
+    """Which training labels are wrong, bool (n,); None where none is."""
 
     def redrawn(self, seed: int) -> Samples:
         """A copy whose training and validation set are drawn anew from the two together; the sizes stay.
@@ -50,7 +52,7 @@ class Samples:
         moved = torch.randint(1, self.classes, (count,), generator=generator)
         noisy = labels.clone()
         noisy[chosen] = (labels[chosen] + moved) % self.classes
-        return Samples((inputs, noisy), self.validation, self.test, self.classes)
+        return Samples((inputs, noisy), self.validation, self.test, self.classes, noisy != labels)
 
 
 def split(inputs: Tensor, labels: Tensor, train: int, validation: int, test: int) -> Samples:

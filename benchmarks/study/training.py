@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,13 +31,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training came to: shares of right answers in percent, the counted cost in units of SGD's step."""
+    """What a training came to: shares of right answers in percent, the counted cost in units of SGD's step.
+
+    ``wrong_in_selection`` is the percentage of B+, over all steps, whose labels are wrong; None where no data is chosen
+    or no label is wrong.
+    """
 
     train_accuracy: float
     validation_accuracy: float
     test_accuracy: float
     cost: float
     seconds: float
+    wrong_in_selection: float | None = None
 
 
 def train(
@@ -63,7 +69,12 @@ def train(
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
 
-    def losses(batch: Tensor, target: Tensor) -> Tensor:
+    wrong = torch.zeros(len(labels), dtype=torch.bool) if samples.wrong is None else samples.wrong
+    wrong_in_selection: list[float] = []
+
+    def losses(batch: Tensor, target: Tensor, is_wrong: Tensor) -> Tensor:
+        if mode.chooses_data and len(target) < trial.batch_size:  # this is B+
+            wrong_in_selection.append(is_wrong.float().mean().item())
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             return cross_entropy(network(batch), target)
 
@@ -75,13 +86,16 @@ def train(
             if len(chosen) < trial.batch_size:
                 break
             cost += cost_of(optimizer, mode.first_share)
-            step(optimizer, losses, inputs[chosen], labels[chosen], mode.first_share)
+            step(optimizer, losses, (inputs[chosen], labels[chosen], wrong[chosen]), mode.first_share)
             rates.step()
             for schedule in schedules:
                 schedule.step()
     seconds = time.perf_counter() - start
     accuracies = (accuracy(network, *part, bfloat16) for part in (samples.train, samples.validation, samples.test))
-    return Outcome(*accuracies, cost=cost / steps, seconds=round(seconds, 2))
+    chosen_wrong = None
+    if wrong_in_selection and samples.wrong is not None:
+        chosen_wrong = 100.0 * sum(wrong_in_selection) / len(wrong_in_selection)
+    return Outcome(*accuracies, cost=cost / steps, seconds=round(seconds, 2), wrong_in_selection=chosen_wrong)
 
 
 def cost_of(optimizer: torch.optim.Optimizer, first_share: float = 1.0) -> float:
@@ -90,23 +104,25 @@ def cost_of(optimizer: torch.optim.Optimizer, first_share: float = 1.0) -> float
     return whole if first_share == 1.0 else 1.0 + first_share * (whole - 1.0)
 
 
-def step(optimizer: torch.optim.Optimizer, losses, batch: Tensor, target: Tensor, first_share: float = 1.0) -> None:
-    """One step of ESAM, or of the plain base optimizer.
+def step(
+    optimizer: torch.optim.Optimizer, losses: Callable[..., Tensor], batch: tuple[Tensor, ...], first_share: float = 1.0
+) -> None:
+    """One step of ESAM, or of the plain base optimizer, on the tensors that ``losses`` takes.
 
     With a ``first_share`` below 1, pass 1 takes only the first samples of the (shuffled) batch, and pass 2 all.
     """
     if isinstance(optimizer, ESAM) and first_share < 1.0:
-        few = max(1, round(first_share * len(batch)))
-        optimizer.backward(losses(batch[:few], target[:few]).mean())
+        few = max(1, round(first_share * len(batch[0])))
+        optimizer.backward(losses(*(part[:few] for part in batch)).mean())
         optimizer.first_step(zero_grad=True)
-        losses(batch, target).mean().backward()
+        losses(*batch).mean().backward()
         optimizer.second_step(zero_grad=True)
         return
     if isinstance(optimizer, ESAM):
-        optimizer.step(losses, batch, target)
+        optimizer.step(losses, *batch)
         return
     optimizer.zero_grad()
-    losses(batch, target).mean().backward()
+    losses(*batch).mean().backward()
     optimizer.step()
 
 

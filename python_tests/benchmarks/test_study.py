@@ -15,7 +15,7 @@ from benchmarks.rows import RESULTS
 from benchmarks.study import __main__ as program
 from benchmarks.study import chart, report
 from benchmarks.study.modes import BY_NAME as MODES
-from benchmarks.study.modes import CentredByClass, Softened
+from benchmarks.study.modes import CentredByClass, Mode, Softened
 from benchmarks.study.plan import missing, next_units, report_units, search
 from benchmarks.study.rows import Rows, Unit
 from benchmarks.study.samples import Samples, digits, split
@@ -155,7 +155,7 @@ def test_pass_1_on_a_quarter_perturbs_along_it_and_pass_2_takes_all():
     w = weight.detach().clone()
     assert cost_of(optimizer, 0.25) == 1.25
     first = gradient(w, inputs[:1], targets[:1])
-    step(optimizer, losses, inputs, targets, first_share=0.25)
+    step(optimizer, losses, (inputs, targets), first_share=0.25)
     torch.testing.assert_close(weight.detach(), w - 0.1 * gradient(w + 0.3 * first / first.norm(), inputs, targets))
 
 
@@ -202,6 +202,28 @@ def test_a_training_depends_on_its_seed_alone():
         return dataclasses.replace(trained, seconds=0.0)
 
     assert outcome(3) == outcome(3) != outcome(4)
+
+
+class WrongFirst:
+    """Scores by which the wrong labels are chosen first."""
+
+    def __init__(self, seed: int) -> None:
+        del seed
+
+    def __call__(self, context: RankingContext) -> torch.Tensor:
+        return context.batch[2].float()
+
+
+def test_the_share_of_wrong_labels_in_the_selection_is_recorded():
+    samples = digits().with_label_noise(0.25, seed=0)
+
+    def outcome(samples: Samples, **settings) -> Outcome:
+        mode = Mode("mode", "", (0.05,), {"beta": 1.0, **settings})
+        return train(mode, Trial(0.1, len(samples.train[1]), 5e-4, 0.05), samples, DIGITS.network(), 1, 0)
+
+    assert outcome(samples, gamma=0.5, ranking=WrongFirst).wrong_in_selection == 50.0
+    assert outcome(samples, gamma=1.0).wrong_in_selection is None
+    assert outcome(digits(), gamma=0.5, ranking="random").wrong_in_selection is None
 
 
 def test_sgd_costs_1_and_is_torchs(monkeypatch):
