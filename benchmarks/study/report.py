@@ -109,8 +109,8 @@ def recommendation(summary: Summary, rows: Rows) -> str:
         below = [f"{title} ({d.mean:+.1f})" for title, d in differences.items() if d.is_below]
         equal = len(differences) - above - len(below)
         lines.append(
-            f"- Against {text}, in {len(differences)} settings: more accurate in {above}, no clear difference in {equal}, "
-            f"less accurate in {len(below)}{': ' if below else ''}{'; '.join(below)}."
+            f"- Against {text}, in {len(differences)} settings: more accurate in {above}, no clear difference in "
+            f"{equal}, less accurate in {len(below)}{': ' if below else ''}{'; '.join(below)}."
         )
     return "\n".join(lines)
 
