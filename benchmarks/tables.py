@@ -67,8 +67,10 @@ def conditions(rows: Iterable[Row]) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
 
     rows = list(rows)
+    threads = values("threads")
+    threads += " thread" if threads == "1" else " threads"
     return (
-        f"{values('device')}; {values('threads')} threads; torch {values('torch')}; backend {values('backend')}; "
+        f"{values('device')}; {threads}; torch {values('torch')}; backend {values('backend')}; "
         f"commit {values('commit')}; {values('date')}; load before {values('load')}"
     )
 

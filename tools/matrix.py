@@ -73,6 +73,7 @@ def tried(python: str, torch: str | None, ready: str | None, tiers: list[str]) -
         print(f"installing torch {torch}", flush=True)
         run(found, "-m", "pip", "install", "-q", f"torch=={torch}", *PACKAGES)
     source = folder / "source"
+    commit = run("git", "rev-parse", "--short=10", "HEAD").strip()  # of what is copied: the branch may move meanwhile
     for name in run("git", "ls-files").splitlines():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
@@ -85,7 +86,7 @@ def tried(python: str, torch: str | None, ready: str | None, tiers: list[str]) -
         "python": versions[0],
         "torch": versions[1],
         "tiers": results(said, tiers),
-        "commit": run("git", "rev-parse", "--short=10", "HEAD").strip(),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
 
