@@ -1,4 +1,4 @@
-"""Builds the extensions; all else is pyproject.toml.
+"""Builds the extensions; all else but the name of the licence is pyproject.toml.
 
 ``esam_kernels._cuda`` is built by csrc/cuda/build_cuda.py, which says how. ``esam_kernels._native``, the C++ extension
 for the CPU, is built here, where a compiler and torch are at hand.
@@ -137,4 +137,4 @@ def extension_arguments() -> dict[str, Any]:
 
 
 build_record.find_torch()
-setup(**build_record.added_to(build_cuda.added_to(extension_arguments())))
+setup(license="Apache-2.0", **build_record.added_to(build_cuda.added_to(extension_arguments())))

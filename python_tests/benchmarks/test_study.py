@@ -222,7 +222,7 @@ def test_the_share_of_wrong_labels_in_the_selection_is_recorded():
         return train(mode, Trial(0.1, len(samples.train[1]), 5e-4, 0.05), samples, DIGITS.network(), 1, 0)
 
     assert outcome(samples, gamma=0.5, ranking=WrongFirst).wrong_in_selection == 50.0
-    assert outcome(samples, gamma=1.0).wrong_in_selection is None
+    assert outcome(samples, sharpness_share=0.25).wrong_in_selection is None
     assert outcome(digits(), gamma=0.5, ranking="random").wrong_in_selection is None
 
 
