@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import building
@@ -91,3 +94,20 @@ def test_streaming_kernels_move_128_bits_at_a_time(source, architecture):
         assert not re.search(r"\b(LD|ST)\.E", code), f"{name}: accesses that are not known to be global memory"
         checked += 1
     assert checked > 0
+
+
+def test_nvcc_compiles_the_bindings_as_setup_does(tmp_path):
+    """Alone, without optimisation: the kernels behind them are compiled by the tests above. pybind11 takes 7 s."""
+    code = f"""
+import sys
+sys.path[:0] = ["csrc", "csrc/cuda"]
+import build_cuda
+extension = build_cuda.CudaExtension(required=True)
+extension.objects_of = []
+build_cuda.NVCC_FLAGS[0] = "-O0"
+extension.compile_into({str(tmp_path)!r}, {str(tmp_path / "_cuda.so")!r})
+"""
+    told = {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=building.ROOT, env=told, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert b"PyInit__cuda" in (tmp_path / "_cuda.so").read_bytes()
