@@ -1,9 +1,9 @@
 """What docs/performance.md and docs/kernels.md show beside their counts: the rows, and how far they are from the floor.
 
 ``<!-- floor:weights -->``, ``<!-- floor:samples -->``, ``<!-- floor:steps -->`` and ``<!-- floor:modes -->``, each up
-to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured. The
-floor of a stage is its counted bytes over the bandwidth of a plain copy in the same run; that of a whole step is its
-counted arithmetic.
+to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured;
+``<!-- floor:modes b32 fp32 -->`` takes the cases that hold that text. The floor of a stage is its counted bytes over
+the bandwidth of a plain copy in the same run; that of a whole step is its counted arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.harness import OURS
 from benchmarks.rows import Row
 from benchmarks.suites import BETA, GAMMA
 
-BLOCK = re.compile(r"(<!-- floor:(?P<kind>\w+) -->\n)(?P<body>.*?)(<!-- /floor -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- floor:(?P<kind>\w+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /floor -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- floor:")
 NOT_MEASURED = "CUDA: compiled, not run; not measured."
 
@@ -46,11 +46,12 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
             raise ValueError(f"unknown block <!-- floor:{match['kind']} -->: choose one of {', '.join(_KINDS)}")
         suite, lines_of = _KINDS[match["kind"]]
         found = [results.load(path / f"{suite}.json") for path in _folders(folder)]
+        found = [[row for row in every if (match["only"] or "") in row["case"]] for every in found]
         devices = [group for every in found for group in _by_device(every)]
         parts = [_part(lines_of(group), group) for group in devices if len(lines_of(group)) > 1]
         if not any(path.name != "cpu" and (path / f"{suite}.json").exists() for path in _folders(folder)):
             parts.append(NOT_MEASURED)
-        return match[1] + "".join(f"{part}\n" for part in parts) + match[4]
+        return match[1] + "".join(f"{part}\n" for part in parts) + match[5]
 
     return BLOCK.sub(block, text)
 
@@ -125,7 +126,7 @@ def _steps(rows: list[Row]) -> Lines:
     return lines
 
 
-def _modes(rows: list[Row]) -> Lines:
+def lines_of_modes(rows: list[Row]) -> Lines:
     """Each mode's counted and measured cost in units of SGD's step, and its speed against SAM's, from pairs."""
     lines = [["mode", "counted price", "measured price", "measured / counted", "times SAM's speed"]]
     by_name = {(row["case"], row["implementation"]): row for row in rows}
@@ -143,5 +144,5 @@ _KINDS: dict[str, tuple[str, Callable[[list[Row]], Lines]]] = {
     "weights": ("perturb", _weights),
     "samples": ("loss", _samples),
     "steps": ("step", _steps),
-    "modes": ("modes", _modes),
+    "modes": ("modes", lines_of_modes),
 }

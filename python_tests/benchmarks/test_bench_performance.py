@@ -95,3 +95,5 @@ def test_a_modes_cost_comes_from_its_pairs_with_the_base_optimizer(tmp_path):
     rows.save(tmp_path / "cpu" / "modes.json", found)
     text = performance.rendered(block("modes"), tmp_path)
     assert "| net b32 fp32 first_order | 1.37 | 1.39 | 1.01 | 1.44 |" in text
+    assert "first_order" not in performance.rendered(block("modes b128"), tmp_path)
+    assert performance.rendered(block("modes b32 fp32"), tmp_path).count("first_order") == 1

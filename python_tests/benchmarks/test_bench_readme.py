@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from benchmarks import plots, readme, rows
+from benchmarks import performance, plots, readme, rows
 
 ROWS = [
     {
@@ -45,6 +46,12 @@ def folder(tmp_path):
 def test_pages_agree_with_the_rows(page):
     text = page.read_text()
     assert readme.differences(text, readme.rendered(text)) == []
+
+
+def test_the_readme_says_how_far_the_time_of_a_mode_is_from_its_count():
+    shares = [float(line[3]) for line in performance.lines_of_modes(rows.load(rows.RESULTS / "cpu" / "modes.json"))[1:]]
+    said = re.search(r"or up to (\d+) % less or (\d+) % more", readme.README.read_text())
+    assert [int(number) for number in said.groups()] == [round(100 - 100 * min(shares)), round(100 * max(shares) - 100)]
 
 
 def test_block_is_filled_with_the_chosen_cases(folder):

@@ -62,7 +62,7 @@ def test_the_first_training_learns():
     pytest.importorskip("sklearn")
     found = run("tutorials/first_training")
     assert found["sgd"] > 0.9
-    assert found["esam"] > 0.9
+    assert found["sam"] > 0.9
 
 
 def test_every_variable_that_the_package_or_its_build_reads_is_on_the_page():
