@@ -69,7 +69,7 @@ def test_full_run_names_every_case_once():
 
 def test_the_modes_carry_their_counted_cost_and_are_compared_with_sam():
     counted = {}
-    for case in modes.cases(Context(CPU, TINY)):
+    for case in (case for case in modes.cases(Context(CPU, TINY)) if f" b{TINY.batch} fp32 " in case.name):
         found = {row["implementation"]: row for row in case.run(0.0)}
         counted[case.name.partition(" fp32 ")[2]] = found["ours"]["counted"]
         assert ("SAM, ours" in found) == (not case.name.endswith("rho = 0"))
