@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def kind(mode: Mode) -> str:
     if mode.settings.get("ascent") == "momentum":
         return "momentum"
     return "normalization" if mode.only_normalization else "whole"
+
+
+def digest(summary: Summary) -> str:
+    """What tells the charts of different rows apart; the chart carries it."""
+    points = [
+        (setting.title, mode.text, f"{result.cost:.3f} {result.mean:.3f} {result.error:.3f}")
+        for setting in summary.settings
+        for mode in MODES
+        if (result := summary.result(setting.name, mode.name)) is not None
+    ]
+    return hashlib.sha256(repr(points).encode()).hexdigest()[:16]
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -61,7 +73,7 @@ def draw(summary: Summary, path: Path) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Description": digest(summary)})
         temporary.replace(path)
     finally:
         pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""docs/study.md and the chart from the rows: what stands between the marks is written anew."""
+"""docs/study.md, README's table and the chart from the rows: what stands between the marks is written anew."""
 
 from __future__ import annotations
 
@@ -17,24 +17,39 @@ from benchmarks.study.settings import BY_NAME, SETTINGS, Setting
 from benchmarks.study.summary import Result, Summary
 
 PAGE = Path("docs") / "study.md"
+README = Path("README.md")
 CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
 # The mode that README and site name first.
 RECOMMENDED = "sharp-quarter"
 RECOMMENDED_CODE = "SAM(..., sharpness_share=0.25)"
+# What README's table shows, and what it calls it.
+SHORT = {
+    "sgd": "SGD",
+    "sam": "SAM",
+    "sharp-quarter": "`sharpness_share=0.25`",
+    "first-order": '`ranking="first_order"`',
+    "random": '`ranking="random"`',
+}
 BLOCK = re.compile(r"(<!-- study:(?P<what>[a-z]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 
 
 def update(rows: Rows, root: Path, check: bool = False) -> int:
-    """Write the page and the chart, or with ``check`` only compare the page. 1 where it differs."""
-    page = root / PAGE
-    old = page.read_text()
-    new = rendered(old, rows)
-    if check:
+    """Write the pages and the chart, or with ``check`` only compare them. 1 where they differ."""
+    summary, differ = Summary(rows), []
+    for page in (root / PAGE, root / README):
+        old = page.read_text()
+        new = rendered(old, rows)
         if old != new:
-            print(f"{page} differs from the rows: python -m benchmarks.study report", file=sys.stderr)
-        return 0 if old == new else 1
-    write(page, new)
-    chart.draw(Summary(rows), root / CHART)
+            differ.append(page)
+            if not check:
+                write(page, new)
+    if check:
+        if summary.settings and chart.digest(summary).encode() not in (root / CHART).read_bytes():
+            differ.append(root / CHART)
+        for path in differ:
+            print(f"{path} differs from the rows: python -m benchmarks.study report", file=sys.stderr)
+        return 1 if differ else 0
+    chart.draw(summary, root / CHART)
     return 0
 
 
@@ -115,6 +130,20 @@ def recommendation(summary: Summary, rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def short(summary: Summary, rows: Rows) -> str:
+    """README's table: the test accuracy of a few modes, a line for each setting."""
+    modes = [mode for mode in MODES if mode.name in SHORT]
+    shown = [mode for mode in modes if any(summary.result(s.name, mode.name) for s in summary.settings)]
+    if not shown:
+        return "Nothing is measured yet."
+    lines = [f"| test accuracy, % | {' | '.join(SHORT[mode.name] for mode in shown)} |", "|---|" + "---:|" * len(shown)]
+    for setting in summary.settings:
+        results = [summary.result(setting.name, mode.name) for mode in shown]
+        cells = ["" if result is None else _accuracy(result) for result in results]
+        lines.append(f"| {setting.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def selections(summary: Summary, rows: Rows) -> str:
     """For each mode that chooses data: how many labels in B+ are wrong, and what that is worth."""
     lines = [
@@ -181,6 +210,7 @@ def conditions(summary: Summary, rows: Rows) -> str:
 
 BLOCKS: dict[str, Callable[[Summary, Rows], str]] = {
     "recommendation": recommendation,
+    "short": short,
     "selections": selections,
     "accuracies": accuracies,
     "verdicts": verdicts,

@@ -308,13 +308,17 @@ def test_a_difference_counts_beyond_two_standard_errors(mean, error, below, abov
     assert str(difference).startswith("**") == (below or above)
 
 
-def summary_of(tmp_path, **accuracies: list[float]) -> Summary:
+def rows_of(tmp_path, **accuracies: list[float]) -> Rows:
     rows = Rows(tmp_path / "rows.json")
     setting = SETTINGS_BY_NAME["digits"]
     for mode, values in accuracies.items():
         for seed, value in enumerate(values):
             rows.add(a_row(mode.replace("_", "-"), "epochs", Trial(0.1, 64, 0.0), seed, value, setting))
-    return Summary(rows)
+    return rows
+
+
+def summary_of(tmp_path, **accuracies: list[float]) -> Summary:
+    return Summary(rows_of(tmp_path, **accuracies))
 
 
 def test_a_mode_loses_where_it_is_below_sam_and_sam_is_above_sgd(tmp_path):
@@ -368,15 +372,30 @@ def test_the_chart_is_drawn(tmp_path):
     assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_page_is_what_the_rows_say():
-    page = (ROOT / report.PAGE).read_text()
-    assert report.rendered(page, Rows(RESULTS / "study" / "cpu.json")) == page
-    assert [what for _, what, _ in report.BLOCK.findall(page)] == [
-        "verdicts",
-        "accuracies",
-        "sensitivity",
-        "conditions",
+def test_pages_and_chart_are_what_the_rows_say(capsys):
+    assert report.update(Rows(RESULTS / "study" / "cpu.json"), ROOT, check=True) == 0, capsys.readouterr().err
+    blocks = [
+        [what for _, what, _ in report.BLOCK.findall((ROOT / page).read_text())]
+        for page in (report.PAGE, report.README)
     ]
+    assert blocks == [
+        ["recommendation", "verdicts", "selections", "accuracies", "sensitivity", "conditions"],
+        ["short"],
+    ]
+
+
+def test_a_page_and_a_chart_of_other_rows_are_found(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    for page in (report.PAGE, report.README):
+        (tmp_path / page).write_text("<!-- study:short -->\n<!-- /study -->\n")
+    assert report.update(rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.0] * 10), tmp_path) == 0
+    assert "| digits, small CNN | 90.0 ± 0.0 | 91.0 ± 0.0 |" in (tmp_path / report.README).read_text()
+    others = rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.02] * 10)
+    assert report.update(others, tmp_path, check=True) == 1
+    found = capsys.readouterr().err
+    assert str(tmp_path / report.CHART) in found
+    assert str(report.README) not in found  # 91.02 is written as 91.0
 
 
 def test_a_damaged_file_of_rows_is_not_overwritten(tmp_path, capsys):
