@@ -147,6 +147,12 @@ MODES: tuple[Mode, ...] = (
     ),
     Mode("sharp-quarter", "SAM, sharpness of a quarter of the batch", RADII, {"sharpness_share": 0.25}),
     Mode(
+        "sharp-three-eighths",
+        "SAM, sharpness of three eighths of the batch",
+        RADII,
+        {"sharpness_share": 0.375},
+    ),
+    Mode(
         "norm-sharp-quarter",
         "normalization only, sharpness of a quarter of the batch",
         NORMALIZATION_RADII,

@@ -1,4 +1,4 @@
-"""docs/study.md, README's table and the chart from the rows: what stands between the marks is written anew."""
+"""The pages that show the study, and its chart, from the rows: what stands between the marks is written anew."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.study.settings import BY_NAME, SETTINGS, Setting
 from benchmarks.study.summary import Result, Summary
 
 PAGE = Path("docs") / "study.md"
-README = Path("README.md")
+PAGES = (PAGE, Path("docs") / "which_mode.md", Path("README.md"))
 CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
 # The mode that README and site name first.
 RECOMMENDED = "sharp-quarter"
@@ -36,7 +36,7 @@ BLOCK = re.compile(r"(<!-- study:(?P<what>[a-z]+) -->\n).*?(<!-- /study -->)", r
 def update(rows: Rows, root: Path, check: bool = False) -> int:
     """Write the pages and the chart, or with ``check`` only compare them. 1 where they differ."""
     summary, differ = Summary(rows), []
-    for page in (root / PAGE, root / README):
+    for page in (root / name for name in PAGES):
         old = page.read_text()
         new = rendered(old, rows)
         if old != new:

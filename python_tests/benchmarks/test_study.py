@@ -374,28 +374,23 @@ def test_the_chart_is_drawn(tmp_path):
 
 def test_pages_and_chart_are_what_the_rows_say(capsys):
     assert report.update(Rows(RESULTS / "study" / "cpu.json"), ROOT, check=True) == 0, capsys.readouterr().err
-    blocks = [
-        [what for _, what, _ in report.BLOCK.findall((ROOT / page).read_text())]
-        for page in (report.PAGE, report.README)
-    ]
-    assert blocks == [
-        ["recommendation", "verdicts", "selections", "accuracies", "sensitivity", "conditions"],
-        ["short"],
-    ]
+    blocks = [[what for _, what, _ in report.BLOCK.findall((ROOT / page).read_text())] for page in report.PAGES]
+    whole = ["recommendation", "verdicts", "selections", "accuracies", "sensitivity", "conditions"]
+    assert blocks == [whole, ["recommendation"], ["short"]]
 
 
 def test_a_page_and_a_chart_of_other_rows_are_found(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
-    for page in (report.PAGE, report.README):
+    for page in report.PAGES:
         (tmp_path / page).write_text("<!-- study:short -->\n<!-- /study -->\n")
     assert report.update(rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.0] * 10), tmp_path) == 0
-    assert "| digits, small CNN | 90.0 ± 0.0 | 91.0 ± 0.0 |" in (tmp_path / report.README).read_text()
+    assert "| digits, small CNN | 90.0 ± 0.0 | 91.0 ± 0.0 |" in (tmp_path / "README.md").read_text()
     others = rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.02] * 10)
     assert report.update(others, tmp_path, check=True) == 1
     found = capsys.readouterr().err
     assert str(tmp_path / report.CHART) in found
-    assert str(report.README) not in found  # 91.02 is written as 91.0
+    assert "README.md" not in found  # 91.02 is written as 91.0
 
 
 def test_a_damaged_file_of_rows_is_not_overwritten(tmp_path, capsys):
