@@ -232,6 +232,7 @@ class _GraphedStep(_EagerStep):
 
     def _capture(self, capture: Capture) -> None:
         check_failures()
+        uploads.refill()
         self.optimizer._phases.drop_gradients()
         before = HostState(self.optimizer)
         graph = torch.cuda.CUDAGraph()

@@ -89,6 +89,8 @@ def _aligned(nbytes: int) -> int:
 
 STAGING_BYTES = 1 << 20  # the tables of several captured steps of a large model
 _staging: list[Tensor] = []
+# The most bytes that a captured step may take of it, as the eager steps before have said.
+_needed = [0]
 # Where a capture keeps what its graph reads, the innermost last. The first is never emptied: it is for graphs that
 # others capture, of which nothing says when they go.
 _keepers: list[list[Any]] = [[]]
@@ -96,13 +98,20 @@ _keepers: list[list[Any]] = [[]]
 _retired: list[tuple[Any, list[Any]]] = []
 
 
-def reserve(needed: int) -> None:
-    """Have pinned memory for captures to come: allocating it inside one is not allowed by every version of torch.
+def reserve(nbytes: int, device: torch.device) -> None:
+    """A step on ``device`` takes at most so many bytes of the pinned memory for captures, which is allocated now."""
+    if device.type == "cuda":
+        _needed[0] = max(_needed[0], nbytes)
+        refill()
 
-    Every capture takes some of it, so that it is filled up as soon as less than ``needed`` bytes are left.
+
+def refill() -> None:
+    """Have pinned memory for the next capture: allocating it inside one is not allowed by every version of torch.
+
+    Every capture takes some of it, and several may follow each other with no eager step between them.
     """
-    if not _staging or _staging[0].numel() < needed:
-        _staging[:] = [_pinned(max(STAGING_BYTES, needed))]
+    if _needed[0] > (_staging[0].numel() if _staging else 0):
+        _staging[:] = [_pinned(max(STAGING_BYTES, _needed[0]))]
 
 
 def _staged_for_a_graph(values: Tensor) -> Tensor:

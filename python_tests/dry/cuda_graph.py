@@ -213,9 +213,13 @@ class Graph:
 
     def replay(self) -> None:
         self._device.replays += 1
-        with torch.no_grad():
-            for call in self.recorder.calls:
-                call()
+        self._device.is_replaying = True
+        try:
+            with torch.no_grad():
+                for call in self.recorder.calls:
+                    call()
+        finally:
+            self._device.is_replaying = False
 
 
 @dataclass
@@ -226,6 +230,8 @@ class Device:
     """The one that is being captured."""
     captures: list[Graph] = field(default_factory=list)
     replays: int = 0
+    is_replaying: bool = False
+    """Python runs that would not run on a GPU."""
     stream: Any = field(default_factory=lambda: _Stream())
     modes: list[str] = field(default_factory=list)
     """The capture_error_mode of each capture."""

@@ -76,6 +76,7 @@ class Kept:
     """A table that a launch reads: memory that is kept for the graph, and the numbers in it."""
 
     storage: StorageWeakRef
+    address: int
     is_kept: bool
     numbers: tuple[int, ...]
     resolved: tuple[Any, ...]
@@ -113,7 +114,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[int, int, StorageWeakRef, bool]] = {}
-        self._kept: list[StorageWeakRef] = []
+        self._kept: list[tuple[StorageWeakRef, int]] = []
 
     def note(self, tensor: Tensor, is_pool: bool) -> None:
         storage = tensor.untyped_storage()
@@ -122,7 +123,7 @@ class Ledger:
             self._entries[storage.data_ptr()] = entry
 
     def keep(self, tensor: Tensor) -> None:
-        self._kept.append(StorageWeakRef(tensor.untyped_storage()))
+        self._kept.append((StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()))
 
     def resolve(self, launch: Any) -> Launch:
         """A launch of the stand-in for Triton's driver, or a call of the emulated extension."""
@@ -145,8 +146,9 @@ class Ledger:
             if value.numbers is None:
                 found = self._at(value.address, starts)
                 return found if isinstance(found, Place) else Place(value.storage, 0, is_pool=False)
-            is_kept = any(value.storage == storage for storage in self._kept)
-            return Kept(value.storage, is_kept, value.numbers, tuple(self._resolved(value.numbers, starts)))
+            is_kept = (value.storage, value.address) in self._kept
+            resolved = tuple(self._resolved(value.numbers, starts))
+            return Kept(value.storage, value.address, is_kept, value.numbers, resolved)
         return value
 
     def _at(self, number: int, starts: list[int]) -> Any:
@@ -213,7 +215,8 @@ def _check_table(what: str, table: Kept) -> None:
         raise FreedMemoryError(f"{what}: a graph touches freed memory, a table of addresses")
     if not table.is_kept:
         raise UnownedMemoryError(f"{what}: a table of addresses that is not kept for the graph")
-    found = torch.empty(0, dtype=torch.int64).set_(storage)[: len(table.numbers)]
+    first = (table.address - storage.data_ptr()) // torch.int64.itemsize
+    found = torch.empty(0, dtype=torch.int64).set_(storage)[first : first + len(table.numbers)]
     if tuple(found.tolist()) != table.numbers:
         raise FreedMemoryError(f"{what}: a table of addresses was written over since the capture")
 

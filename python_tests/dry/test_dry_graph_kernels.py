@@ -46,10 +46,23 @@ def install_both(monkeypatch, stand_in):
     stand_in.reads_tables = True
     gpu.launches, gpu.other_logs = stand_in.launches, [stand_in.uploads]
     monkeypatch.setitem(BASES, "AdamW", capturable_adamw)
+
+    def pinned(nbytes):
+        gpu.refuse("pinning memory of the host")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
     monkeypatch.setattr(uploads, "capturing", lambda device: gpu.graph is not None)
-    monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(uploads, "_pinned", pinned)
     monkeypatch.setattr(uploads, "_keepers", [[]])
     monkeypatch.setattr(uploads, "_staging", [])
+    monkeypatch.setattr(uploads, "_needed", [0])
+    reserve = uploads.reserve
+
+    def reserve_unless_replaying(nbytes, device):
+        if not gpu.is_replaying:
+            reserve(nbytes, torch.device("cuda"))
+
+    monkeypatch.setattr(uploads, "reserve", reserve_unless_replaying)
 
     def forbid(kind, what):
         if kind in ("compile", "load") and gpu.graph is not None:
@@ -95,6 +108,17 @@ def test_a_replay_of_every_plan_launches_what_the_plan_says(gpu, stand_in, devic
     for plan in PLANS:
         gpu.replays = 0
         steps_and_compares(gpu, stand_in, device, plan, "SGD", "element")
+
+
+def test_captures_one_after_the_other_take_no_more_pinned_memory_than_there_is(gpu, stand_in, device, monkeypatch):
+    """Of a large model: each draw of tensors is captured in turn, and each takes tables of its own."""
+    monkeypatch.setattr(uploads, "STAGING_BYTES", 0)
+    training = Training(device, "", "SGD", mask="tensor")
+    given = batches(device, 1)[0]
+    step = make_graphed_step(training.optimizer, training.losses, *given)
+    for _ in range(2 * DRAW_POOL + 1):
+        step(*given)
+    assert (len(gpu.captures), gpu.replays) == (DRAW_POOL, DRAW_POOL + 1)
 
 
 def test_tables_go_with_their_graphs(gpu, stand_in, device, monkeypatch):

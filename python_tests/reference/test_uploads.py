@@ -76,7 +76,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    for name, empty in (("_staging", []), ("_retired", []), ("_keepers", [[]]), ("_rings", {})):
+    for name, empty in (("_staging", []), ("_needed", [0]), ("_retired", []), ("_keepers", [[]]), ("_rings", {})):
         monkeypatch.setattr(uploads, name, empty)
 
 
@@ -103,7 +103,7 @@ def test_only_a_cuda_stream_is_asked_whether_it_captures(monkeypatch):
 
 def test_memory_of_a_captured_graph_is_never_handed_out_twice(device, monkeypatch):
     monkeypatch.setattr(uploads, "capturing", lambda device: True)
-    uploads.reserve(0)
+    uploads.reserve(1, CUDA)
     first, second = (uploads.staged(torch.arange(numel), CUDA) for numel in (5, 9))
     assert (first.tolist(), second.tolist()) == (list(range(5)), list(range(9)))
     assert second.data_ptr() - first.data_ptr() == 48
@@ -116,14 +116,19 @@ def test_memory_for_captures_is_filled_up_before_one_can_run_out(device, monkeyp
     monkeypatch.setattr(
         uploads, "_pinned", lambda nbytes: reserved.append(nbytes) or torch.empty(nbytes, dtype=torch.uint8)
     )
+    uploads.refill()
+    uploads.reserve(1000, torch.device("cpu"))
+    assert reserved == [], "no step on a GPU takes any"
     for needed, expected in ((1000, [1 << 20]), (2000, [1 << 20]), (3 << 20, [1 << 20, 3 << 20])):
-        uploads.reserve(needed)
+        uploads.reserve(needed, CUDA)
         assert reserved == expected
-    uploads._staging[0] = uploads._staging[0][:1500]
-    uploads.reserve(1500)
+    uploads._staging[0] = uploads._staging[0][: 3 << 20]
+    uploads.refill()
     assert len(reserved) == 2
-    uploads.reserve(2000)
-    assert reserved[2:] == [1 << 20]
+    # A small step does not make one forget the large one.
+    uploads._staging[0] = uploads._staging[0][: (3 << 20) - 16]
+    uploads.reserve(1000, CUDA)
+    assert reserved[2:] == [3 << 20]
 
 
 def kept_for(owner):

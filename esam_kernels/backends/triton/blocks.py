@@ -119,8 +119,7 @@ def table(
         uploads.keep(uploaded, layout)
     else:
         uploaded, (layout, num_blocks) = _addresses(*address_key), _layout(*layout_key)
-        if device.type == "cuda":
-            uploads.reserve(TABLES_OF_A_STEP * (uploaded.nbytes + layout.nbytes))
+        uploads.reserve(TABLES_OF_A_STEP * (uploaded.nbytes + layout.nbytes), device)
     return Table(uploaded, layout, len(params), num_blocks)
 
 
