@@ -151,7 +151,7 @@ def test_a_table_that_eager_steps_share_is_found(kernels, monkeypatch):
 
 def test_a_table_that_nobody_keeps_is_found(kernels, monkeypatch):
     monkeypatch.setattr(uploads, "keep", lambda *_: None)
-    with pytest.raises(FreedMemoryError, match=r"norm_kernel, argument 1: a graph touches freed memory, a table"):
+    with pytest.raises(UnownedMemoryError, match=r"norm_kernel, argument 1: a table of addresses that is not kept"):
         replayed(triton_training())
 
 
