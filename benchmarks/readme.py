@@ -27,10 +27,7 @@ _WITH_TABLES = ("ascent.md", "kernels.md", "performance.md", "ranking.md")
 PAGES = (README, *(results.ROOT / "docs" / name for name in _WITH_TABLES))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
-# "study:short" is written by benchmarks.study.
-STUDY = re.compile(
-    r"(<!-- study:(?!short )(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL
-)
+STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
 AGREEMENT = re.compile(r"(<!-- agreement:(?P<source>\S+) -->\n).*?(<!-- /agreement -->)", re.DOTALL)
 COUNTS = re.compile(r"(<!-- counts:(?P<source>\S+) -->\n).*?(<!-- /counts -->)", re.DOTALL)
 ANY_BLOCK = re.compile(r"<!-- rows:")

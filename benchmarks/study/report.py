@@ -30,32 +30,28 @@ SHORT = {
     "first-order": '`ranking="first_order"`',
     "random": '`ranking="random"`',
 }
-BLOCK = re.compile(r"(<!-- study:(?P<what>[a-z]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- modes:(?P<what>[a-z]+) -->\n).*?(<!-- /modes -->)", re.DOTALL)
 
 
 def update(rows: Rows, root: Path, check: bool = False) -> int:
     """Write the pages and the chart, or with ``check`` only compare them. 1 where they differ."""
-    summary, differ = Summary(rows), []
-    for page in (root / name for name in PAGES):
-        old = page.read_text()
-        new = rendered(old, rows)
-        if old != new:
-            differ.append(page)
-            if not check:
-                write(page, new)
+    summary = Summary(rows)
+    texts = {root / page: rendered((root / page).read_text(), summary, rows) for page in PAGES}
     if check:
+        differ = [page for page, text in texts.items() if page.read_text() != text]
         if summary.settings and chart.digest(summary).encode() not in (root / CHART).read_bytes():
             differ.append(root / CHART)
         for path in differ:
             print(f"{path} differs from the rows: python -m benchmarks.study report", file=sys.stderr)
         return 1 if differ else 0
+    for page, text in texts.items():
+        write(page, text)
     chart.draw(summary, root / CHART)
     return 0
 
 
-def rendered(text: str, rows: Rows) -> str:
+def rendered(text: str, summary: Summary, rows: Rows) -> str:
     """``text`` with every block made from the rows."""
-    summary = Summary(rows)
     return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match['what']](summary, rows)}\n{match[3]}", text)
 
 
@@ -132,13 +128,12 @@ def recommendation(summary: Summary, rows: Rows) -> str:
 
 def short(summary: Summary, rows: Rows) -> str:
     """README's table: the test accuracy of a few modes, a line for each setting."""
-    modes = [mode for mode in MODES if mode.name in SHORT]
-    shown = [mode for mode in modes if any(summary.result(s.name, mode.name) for s in summary.settings)]
+    shown = [name for name in SHORT if any(summary.result(s.name, name) for s in summary.settings)]
     if not shown:
         return "Nothing is measured yet."
-    lines = [f"| test accuracy, % | {' | '.join(SHORT[mode.name] for mode in shown)} |", "|---|" + "---:|" * len(shown)]
+    lines = [f"| test accuracy, % | {' | '.join(SHORT[name] for name in shown)} |", "|---|" + "---:|" * len(shown)]
     for setting in summary.settings:
-        results = [summary.result(setting.name, mode.name) for mode in shown]
+        results = [summary.result(setting.name, name) for name in shown]
         cells = ["" if result is None else _accuracy(result) for result in results]
         lines.append(f"| {setting.title} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -104,7 +104,7 @@ sys.path[:0] = ["csrc", "csrc/cuda"]
 import build_cuda
 extension = build_cuda.CudaExtension(required=True)
 extension.objects_of = []
-build_cuda.NVCC_FLAGS[0] = "-O0"
+build_cuda.NVCC_FLAGS[build_cuda.NVCC_FLAGS.index("-O3")] = "-O0"
 extension.compile_into({str(tmp_path)!r}, {str(tmp_path / "_cuda.so")!r})
 """
     told = {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0"}
