@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.plan import missing, next_units, report_units, search
-from benchmarks.study.rows import Rows
+from benchmarks.study.rows import Rows, Unit
 from benchmarks.study.search import Search
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
 from benchmarks.study.settings import SETTINGS
+from benchmarks.study.summary import Summary
 from benchmarks.study.training import Outcome, Trial
 
 DIGITS = SETTINGS_BY_NAME["digits"].smoke()
@@ -69,11 +70,21 @@ def test_the_mean_over_the_seeds_of_the_last_round_chooses():
     assert searched(Search(), "sgd", accuracy)[1] == steady
 
 
+@pytest.mark.parametrize(("best", "tried"), [(0.1, set()), (0.2, {0.4}), (0.4, {0.4, 0.8}), (0.8, {0.4, 0.8})])
+def test_a_radius_at_the_edge_of_the_grid_is_doubled_on_the_seeds_of_the_last_round(best, tried):
+    stages, chosen = searched(Search(), "sam", lambda trial, seed: -abs(math.log(trial.rho / best)))
+    assert chosen.rho == best
+    larger = [run for stage in stages for run in stage if run[0].rho > 0.2]
+    assert {trial.rho for trial, _ in larger} == tried
+    assert len(larger) == 4 * len(tried)
+    assert {seed for _, seed in larger} == ({100, 101, 102, 103} if tried else set())
+
+
 @pytest.mark.parametrize("mode", ["sgd", "sam", "momentum"])
 @pytest.mark.parametrize("setting", ["digits", "cifar10"])
 def test_the_size_of_a_search_is_known_before(setting, mode):
     search = SETTINGS_BY_NAME[setting].search
-    stages, _ = searched(search, mode, lambda trial, seed: trial.lr)
+    stages, _ = searched(search, mode, lambda trial, seed: -(trial.rho or 0.0))
     assert search.size(MODES[mode]) == sum(len(stage) for stage in stages)
 
 
@@ -91,6 +102,17 @@ def test_seeds_that_choose_are_not_reported(tmp_path):
     best = finish_search(rows, DIGITS, "sam", cost=2.0)
     assert {row["seed"] for row in rows} == {100, 101}
     assert {unit.seed for unit in report_units(rows, DIGITS, MODES["sam"], best)} == {0, 1}
+
+
+def test_what_an_earlier_choice_came_to_is_not_reported(tmp_path):
+    rows, setting = Rows(tmp_path / "rows.json"), SETTINGS_BY_NAME["digits"]
+    best = finish_search(rows, setting, "sgd")
+    earlier = dataclasses.replace(best, lr=1.0)
+    for seed in range(setting.seeds):
+        for trial, accuracy in ((earlier, 10.0), (best, 90.0)):
+            unit = Unit(setting, "sgd", "epochs", trial, setting.epochs, seed)
+            rows.add(unit.row(Outcome(accuracy, accuracy, accuracy, 1.0, 1.0)))
+    assert Summary(rows).result("digits", "sgd").mean == 90.0
 
 
 def test_the_validation_accuracy_chooses_the_trial(tmp_path):
