@@ -1,4 +1,7 @@
-"""The GPU tier. ``ESAM_GPU_TESTS_DEVICE=cpu`` tries what of it can run without a GPU, on the reference backend."""
+"""The GPU tier.
+
+With ``ESAM_GPU_TESTS_DEVICE=cpu``, as in the tier ``gpu_on_cpu``, it runs on the reference backend what needs no GPU.
+"""
 
 from __future__ import annotations
 

@@ -100,6 +100,15 @@ def test_a_tier_of_which_nothing_ran_is_a_failure(run_tiers, tmp_path, monkeypat
     assert run_tiers.run(run_tiers.Tier("here")) == (False, {})
 
 
+def test_a_tier_of_another_ones_tests_runs_them_in_its_own_environment(run_tiers, tmp_path, monkeypatch):
+    tests = tmp_path / "python_tests" / "here"
+    tests.mkdir(parents=True)
+    (tests / "test_it.py").write_text("import os\ndef test_it(): assert os.environ['DEVICE'] == 'cpu'\n")
+    monkeypatch.setattr(run_tiers, "ROOT", tmp_path)
+    on_cpu = run_tiers.Tier("here_on_cpu", environment={"DEVICE": "cpu"}, folder="here")
+    assert run_tiers.run(on_cpu) == (True, {"passed": 1})
+
+
 def test_without_pytest_one_line_says_so(run_tiers, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find_spec(name))
