@@ -45,7 +45,8 @@ These groups of tests (tiers) need no card. Each of them leaves something open:
 | --- | --- | --- |
 | `dry` | the host code of the Triton backend and of `make_graphed_step`: arguments are specialised and \
 kernels compiled for sm_90 by Triton itself, launches are written down \
-| what a kernel computes, and how long anything takes |
+| what a kernel computes, how long anything takes, and what memory CUDA's libraries (cuBLAS, cuDNN) allocate for \
+themselves while a graph is recorded |
 | `interpret` | the Triton kernels under Triton's interpreter, against the reference | what the compiler makes of them |
 | `codegen` | the compiled Triton kernels: registers, spills and instructions from the disassembly | that they run |
 | `cuda_host` | the CUDA kernels, compiled by the host's compiler: an emulator runs each thread of each block on the \

@@ -3,8 +3,9 @@
 As in a graph, a replay takes the addresses and the numbers of the capture. Memory outside the graph is not kept alive.
 Before each replay of a graphed step graph_checks.py looks at that memory, and compares what the graph holds with what a
 step would pass at that time. What a capture forbids raises and breaks the capture: waiting for the device, copies from
-ordinary memory of the host, pinning memory. Random numbers behave as those of torch 2.11: a capture that fails leaves
-the generator "capturing".
+ordinary memory of the host, pinning memory, and work on a stream that is not captured, whose memory would not be the
+graph's. What libraries of CUDA allocate for themselves cannot be seen on a CPU. Random numbers behave as those of torch
+2.11: a capture that fails leaves the generator "capturing".
 """
 
 from __future__ import annotations
@@ -86,8 +87,11 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
-        if self._device.graph is not None and self._device.graph.is_broken:
+        graph = self._device.graph
+        if graph is not None and graph.is_broken:
             raise RuntimeError("operation failed due to a previous error during capture")
+        if graph is not None and self._device.stream not in graph.streams:
+            self._device.refuse("memory outside the graph's pool, for an operator on a stream that is not captured")
         if kwargs.get("pin_memory"):
             self._device.refuse(_WAITING[aten._pin_memory.default])
         reads_host = any(isinstance(a, Tensor) and key_of(a) in self._of_host for a in pytree.tree_leaves(args[1:2]))
@@ -175,6 +179,8 @@ class Graph:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._states: list[_State] = []
+        self.streams: list[Any] = []
+        """Those that are captured."""
         self.recorder = _Recorder(device)
         self.is_broken = self._is_whole = False
 
@@ -232,7 +238,7 @@ class Device:
     replays: int = 0
     is_replaying: bool = False
     """Python runs that would not run on a GPU."""
-    stream: Any = field(default_factory=lambda: _Stream())
+    stream: Stream = field(init=False)
     modes: list[str] = field(default_factory=list)
     """The capture_error_mode of each capture."""
     open_pools: int = 0
@@ -251,6 +257,7 @@ class Device:
     """What records operators now."""
 
     def __post_init__(self) -> None:
+        self.stream = Stream(self)
         self.generator = Generator(self, _State(torch.get_rng_state()))
 
     def refuse(self, what: str) -> None:
@@ -296,7 +303,8 @@ class Device:
     ) -> Iterator[None]:
         """torch.cuda.graph, which leaves the stream set where ending the capture raises."""
         self.modes.append(capture_error_mode)
-        before, self.stream = self.stream, stream
+        before, self.stream = self.stream, stream or Stream(self)
+        graph.streams.append(self.stream)
         graph.capture_begin()
         try:
             yield
@@ -319,19 +327,28 @@ class Device:
 class Event:
     """torch.cuda.Event, on a device that is done at once."""
 
+    device: Device
+
     def record(self, stream: Any = None) -> None:
         pass
 
     def query(self) -> bool:
+        self.device.refuse("asking whether the device has come to an event (query)")
         return True
 
 
-class _Stream:
-    def __init__(self) -> None:
-        self.waits: list[Any] = []
+class Stream:
+    """torch.cuda.Stream. One that waits for a captured stream is captured too."""
 
-    def wait_stream(self, other: Any) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.waits: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
         self.waits.append(other)
+        graph = self._device.graph
+        if graph is not None and other in graph.streams:
+            graph.streams.append(self)
 
 
 def install(patch: Any) -> Device:
@@ -344,12 +361,13 @@ def install(patch: Any) -> Device:
         raising=False,
     )
     for name, value in {
-        "Stream": lambda *_: _Stream(),
+        "Stream": lambda *_: Stream(device),
         "stream": device.on,
         "current_stream": lambda *_: device.stream,
         "current_device": lambda: 0,
         "CUDAGraph": device.new_graph,
-        "Event": Event,
+        "Event": lambda *_: Event(device),
+        "synchronize": lambda *_: device.refuse("waiting for the device (synchronize)"),
         "graph": device.capturing,
         "graph_pool_handle": lambda: (0, 1),
         "is_initialized": lambda: True,

@@ -53,6 +53,11 @@ def test_random_numbers_are_drawn_anew_in_every_replay_and_as_without_a_graph(gp
     assert torch.equal(found[1], torch.rand(4))
 
 
+def on_another_stream(x):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return x + 1.0
+
+
 FORBIDDEN = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.sum() > 0),
@@ -62,6 +67,9 @@ FORBIDDEN = {
     "unique": lambda x: x.unique(),
     "pageable copy": lambda x: x.copy_(torch.tensor([1.0, 2.0, 3.0])),
     "pinning": lambda x: torch.empty(3, pin_memory=True),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+    "query": lambda x: torch.cuda.Event().query(),
+    "memory outside the pool": on_another_stream,
 }
 
 
@@ -74,3 +82,22 @@ def test_what_a_capture_forbids_breaks_it(gpu, what):
     assert x.tolist() == [1.0] * 3
     assert gpu.generator.state.is_capturing
     assert gpu.open_pools == 1
+
+
+def test_a_stream_that_waits_for_the_captured_one_is_captured_too(gpu):
+    x, main = torch.ones(3), torch.cuda.current_stream()
+    main.wait_stream(torch.cuda.Stream())
+
+    def forked():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = x + 1.0
+        torch.cuda.current_stream().wait_stream(side)
+        return y * 2.0
+
+    graph, y = captured(forked)
+    x.fill_(4.0)
+    graph.replay()
+    assert y.tolist() == [10.0] * 3
+    assert torch.cuda.current_stream() is main
