@@ -1,7 +1,7 @@
 """What docs/performance.md and docs/kernels.md show beside their counts: the rows, and how far they are from the floor.
 
 ``<!-- floor:weights -->``, ``<!-- floor:samples -->``, ``<!-- floor:steps -->`` and ``<!-- floor:modes -->``, each up
-to ``<!-- /floor -->``, hold one table for each folder under benchmarks/results, and say what no GPU has measured;
+to ``<!-- /floor -->``, hold one table for each device and number of threads, and say what no GPU has measured;
 ``<!-- floor:modes b32 fp32 -->`` takes the cases that hold that text. The floor of a stage is its counted bytes over
 the bandwidth of a plain copy in the same run; that of a whole step is its counted arithmetic.
 """
@@ -47,8 +47,8 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         suite, lines_of = _KINDS[match["kind"]]
         found = [results.load(path / f"{suite}.json") for path in _folders(folder)]
         found = [[row for row in every if (match["only"] or "") in row["case"]] for every in found]
-        devices = [group for every in found for group in _by_device(every)]
-        parts = [_part(lines_of(group), group) for group in devices if len(lines_of(group)) > 1]
+        groups = [group for every in found for group in results.by_machine(every)]
+        parts = [_part(lines_of(group), group) for group in groups if len(lines_of(group)) > 1]
         if not any(path.name != "cpu" and (path / f"{suite}.json").exists() for path in _folders(folder)):
             parts.append(NOT_MEASURED)
         return match[1] + "".join(f"{part}\n" for part in parts) + match[5]
@@ -61,11 +61,6 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: (path.name != "cpu", path.name)
     )
-
-
-def _by_device(rows: list[Row]) -> list[list[Row]]:
-    devices = dict.fromkeys(row["device"] for row in rows)
-    return [[row for row in rows if row["device"] == device] for device in devices]
 
 
 def _part(lines: Lines, rows: list[Row]) -> str:

@@ -102,9 +102,7 @@ def draw(folder: Path) -> None:
     """All plots of one folder of rows."""
 
     def rows(name: str) -> list[Row]:
-        found = results.load(folder / f"{name}.json")
-        latest = max(found, key=lambda row: row["date"])["device"] if found else None
-        return [row for row in found if row["device"] == latest]
+        return results.newest(results.load(folder / f"{name}.json"))
 
     perturb = rows("perturb")
     whole = [row for row in perturb if "stage:" not in row["case"] and row["implementation"] != "SGD alone"]

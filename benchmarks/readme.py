@@ -1,7 +1,8 @@
 """The numbers of the README, docs/ascent.md, docs/performance.md and docs/kernels.md come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
-(``rows:cpu/perturb ResNet-18`` takes the cases that hold that text). A number elsewhere carries its row behind it,
+(``rows:cpu/perturb ResNet-18`` takes the cases that hold that text): the rows of one device and number of threads,
+those that were measured last. A number elsewhere carries its row behind it,
 ``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
 ``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The ``floor``
@@ -46,9 +47,8 @@ def rendered(text: str, folder: Path = results.RESULTS) -> str:
         raise ValueError("a <!-- row: ... --> mark does not follow a number, or does not read file.json#key")
 
     def block(match: re.Match[str]) -> str:
-        found = _newest_device(_load(folder / f"{match['source']}.json"))
-        if match["only"]:
-            found = [row for row in found if match["only"] in row["case"]]
+        found = _load(folder / f"{match['source']}.json")
+        found = results.newest(row for row in found if (match["only"] or "") in row["case"])
         if not found:
             raise ValueError(f"no rows for <!-- rows:{match['source']} {match['only'] or ''} -->")
         body = tables.as_markdown(tables.table(found))
@@ -143,17 +143,11 @@ def _load(path: Path) -> list[results.Row]:
     return results.load(path)
 
 
-def _newest_device(rows: list[results.Row]) -> list[results.Row]:
-    """The rows of the device that was measured last: a table shows one."""
-    latest = max(rows, key=lambda row: row["date"])["device"] if rows else None
-    return [row for row in rows if row["device"] == latest]
-
-
 def _value(path: Path, key: str) -> float:
     case, _, rest = key.partition("|")
     implementation, _, field = rest.partition("|")
-    for row in _newest_device(_load(path)):
-        if row["case"] == case and row["implementation"] == implementation:
+    for row in results.newest(row for row in _load(path) if row["case"] == case):
+        if row["implementation"] == implementation:
             value = row.get(field)
             if isinstance(value, (int, float)):
                 return value

@@ -20,7 +20,7 @@ from benchmarks.harness import OURS, Measurement, quantiles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KEY = ("suite", "case", "implementation", "device")
+KEY = ("suite", "case", "implementation", "device", "threads")
 
 Row = dict[str, Any]
 
@@ -119,6 +119,19 @@ def _round(value: float) -> float:
 
 def key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
+
+
+def by_machine(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each device and number of threads: only these are compared with each other."""
+    result: dict[tuple[Any, Any], list[Row]] = {}
+    for row in rows:
+        result.setdefault((row["device"], row["threads"]), []).append(row)
+    return list(result.values())
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of :func:`by_machine`, what was measured last."""
+    return max(by_machine(rows), key=lambda group: max(row["date"] for row in group), default=[])
 
 
 def load(path: Path) -> list[Row]:

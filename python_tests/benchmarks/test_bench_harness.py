@@ -146,7 +146,7 @@ def test_copy_counts_what_is_read_and_what_is_written():
 
 
 def row(value, **more):
-    return {"suite": "s", "case": "c", "implementation": "ours", "device": "d", "p50": value} | more
+    return {"suite": "s", "case": "c", "implementation": "ours", "device": "d", "threads": 1, "p50": value} | more
 
 
 def test_a_rerun_replaces_the_row_of_the_same_key_in_its_place():

@@ -66,6 +66,14 @@ def test_whole_steps_stand_beside_the_counted_multiple(folder):
     assert "| net b32 fp32 ESAM element(SGD) | ours | 1.83 | 1.70 | 0.93 |" in text
 
 
+def test_rows_of_another_number_of_threads_have_a_table_of_their_own(folder):
+    alone = of_weights("ResNet-18 fp32 stage: perturb", 16.0, 160_000_000) | {"threads": 1}
+    rows.save(folder / "cpu" / "perturb.json", [alone])
+    text = performance.rendered(block("weights"), folder)
+    two, one = text.index("| 4.00 ms | 40.0"), text.index("| 16.0 ms | 10.0")
+    assert two < text.index("a CPU; 2 threads;") < one < text.index("a CPU; 1 thread;")
+
+
 def test_a_gpu_is_not_measured_until_its_rows_are_there(folder):
     assert performance.NOT_MEASURED in performance.rendered(block("weights"), folder)
     on_gpu = [of_weights("flat billion fp32 stage: norm", 2.0, 4_000_000_000, device="a GPU")]

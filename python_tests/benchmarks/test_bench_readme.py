@@ -49,7 +49,8 @@ def test_pages_agree_with_the_rows(page):
 
 
 def test_the_readme_says_how_far_the_time_of_a_mode_is_from_its_count():
-    shares = [float(line[3]) for line in performance.lines_of_modes(rows.load(rows.RESULTS / "cpu" / "modes.json"))[1:]]
+    groups = rows.by_machine(rows.load(rows.RESULTS / "cpu" / "modes.json"))
+    shares = [float(line[3]) for group in groups for line in performance.lines_of_modes(group)[1:]]
     said = re.search(r"or up to (\d+) % less or (\d+) % more", readme.README.read_text())
     assert [int(number) for number in said.groups()] == [round(100 - 100 * min(shares)), round(100 * max(shares) - 100)]
 
@@ -62,6 +63,18 @@ def test_block_is_filled_with_the_chosen_cases(folder):
     assert text.startswith("before\n")
     assert text.endswith("<!-- /rows -->\nafter\n")
     assert readme.rendered(text, folder) == text
+
+
+def test_a_block_and_a_mark_take_the_number_of_threads_that_was_measured_last(folder):
+    one_thread = [row | {"threads": 1, "date": "2026-01-02", "ratio": 3.5} for row in ROWS[:2]]
+    rows.save(folder / "cpu" / "perturb.json", one_thread)
+    text = readme.rendered(f"{BLOCK}{MARK}", folder)
+    assert "72.0 (3.50x)" in text
+    assert "72.0 (7.20x)" not in text
+    assert "a CPU; 1 thread; torch" in text
+    assert text.endswith(MARK.replace("0.0", "3.5", 1))
+    resnet_50 = BLOCK.replace("ResNet-18", "ResNet-50")
+    assert "a CPU; 2 threads; torch" in readme.rendered(resnet_50, folder), "one thread did not measure it"
 
 
 def test_mark_is_rewritten_with_the_decimals_it_has(folder):

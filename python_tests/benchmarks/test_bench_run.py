@@ -14,6 +14,7 @@ from benchmarks.suites import Case, Context, kept_heap, loss, memory, modes, ove
 
 CPU = torch.device("cpu")
 SUITES = {"perturb": perturb, "loss": loss, "overhead": overhead, "step": step, "modes": modes, "kept_heap": kept_heap}
+ROW = {"suite": "loss", "implementation": "ours", "device": "a CPU", "threads": 2, "unit": "us", "p50": 1.0}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,7 +125,7 @@ def test_run_writes_rows_and_names_what_it_left_out(tmp_path, capsys):
 def test_a_case_that_fails_loses_no_other_row(tmp_path, monkeypatch, capsys):
     def cases(_):
         for name in ("first", "second", "third"):
-            row = {"suite": "loss", "case": name, "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+            row = ROW | {"case": name}
             yield Case(name, 1.0, lambda _, name=name, row=row: 1 / 0 if name == "second" else [row])
 
     monkeypatch.setattr(loss, "cases", cases)
@@ -140,7 +141,7 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path, monkeypatch):
 
     def cases(_):
         for name in ("first", "second"):
-            row = {"suite": "loss", "case": name, "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+            row = ROW | {"case": name}
             yield Case(name, 1.0, lambda _, name=name, row=row: ran.append(name) or [row])
 
     monkeypatch.setattr(loss, "cases", cases)
@@ -158,7 +159,7 @@ def test_a_case_that_kills_its_process_is_tried_twice(tmp_path, monkeypatch):
     def killed(_):
         raise Killed
 
-    good = {"suite": "loss", "case": "good", "implementation": "ours", "device": "a CPU", "unit": "us", "p50": 1.0}
+    good = ROW | {"case": "good"}
     monkeypatch.setattr(loss, "cases", lambda _: iter([Case("bad", 1.0, killed), Case("good", 1.0, lambda _: [good])]))
     for _ in range(2):
         with pytest.raises(Killed):
