@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import OURS, Contender
 from benchmarks.rows import Row, of_measurement
-from benchmarks.suites import RHO, SGD, Case, Context
+from benchmarks.suites import INDUCTOR, RHO, SGD, Case, Context
 from benchmarks.suites.step import batch, training_step
 from esam_kernels import SAM
 from examples.models import build_model
@@ -61,12 +61,13 @@ def build(name: str, params: Sequence[Tensor], backend: str | None) -> Any:
 def cases(context: Context) -> Iterator[Case]:
     # HeavyBall compiles its steps.
     names = [name for name in installed() if name != HEAVYBALL or context.inductor != "without"]
+    compiled = [INDUCTOR] if context.sizes.compiles and context.inductor != "without" else []
     network = context.sizes.network
     parts = (
         (
             f"{network} fp32 SAM(SGD), optimizer's part",
             optimizers_part,
-            (OURS, *names, "foreach", "published", SGD_ALONE),
+            (OURS, *names, "foreach", *compiled, "published", SGD_ALONE),
         ),
         (f"{network} b{context.sizes.batch} fp32 SAM(SGD), whole step", whole_step, (OURS, *names, SGD_ALONE)),
     )
@@ -87,6 +88,9 @@ def _network(context: Context) -> torch.nn.Module:
 
 def optimizers_part(context: Context, name: str) -> Contender:
     """A step whose two backward passes only put new gradients in place; made at its first run, see ``step``."""
+
+    if name == INDUCTOR:
+        return _compiled(context)
 
     @functools.cache
     def made() -> tuple[list[Tensor], Any]:
@@ -116,6 +120,19 @@ def optimizers_part(context: Context, name: str) -> Contender:
         optimizer.second_step(zero_grad=True)
 
     return Contender(name, [run], prepare)
+
+
+def _compiled(context: Context) -> Contender:
+    """What "foreach" does, under ``torch.compile``: perturb, then restore and update."""
+    params = [param.detach() for param in _network(context).parameters()]
+    first, second = ([torch.full_like(param, 1e-3) for param in params] for _ in range(2))
+    buffers = [torch.zeros_like(param) for param in params]
+    perturb, update = peers.compiled(peers.foreach_perturb), peers.compiled(peers.restore_and_sgd)
+
+    def run() -> None:
+        update(params, perturb(params, first, RHO), second, buffers, *SGD.values())
+
+    return Contender(INDUCTOR, [run])
 
 
 def whole_step(context: Context, name: str) -> Contender:

@@ -1,5 +1,6 @@
 """The suite that measures installed packages: what is not installed, or fails, costs its own row alone."""
 
+import dataclasses
 import sys
 import types
 
@@ -48,6 +49,17 @@ def test_a_package_that_fails_costs_its_own_row(monkeypatch):
         assert {"ours", "pytorch_optimizer", "pytorch_optimizer, foreach", "SGD alone"} <= rows.keys()
         assert "HeavyBall" not in rows
         assert "another version" in rows["ours"]["failed"]["HeavyBall"]
+
+
+@pytest.mark.parametrize(("inductor", "is_measured"), [("with", True), ("without", False)])
+def test_the_compiled_peer_is_measured_unless_it_is_left_out(monkeypatch, inductor, is_measured):
+    monkeypatch.setattr(packages.peers, "compiled", lambda function: function)
+    monkeypatch.setattr(packages, "installed", list)
+    context = dataclasses.replace(CONTEXT, sizes=dataclasses.replace(TINY, compiles=True), inductor=inductor)
+    part, whole = ({row["implementation"]: row for row in case.run(0.0)} for case in packages.cases(context))
+    assert ("compile" in part) == is_measured
+    assert "compile" not in whole
+    assert not is_measured or part["compile"]["ratio"] > 0.0
 
 
 @pytest.mark.parametrize("name", ["ours", "published", "foreach"])
