@@ -1,14 +1,13 @@
-"""How many kernels a stage of ``make gpu`` compiles, counted without a GPU and without compiling them.
+"""How many kernels the stages of ``make gpu`` compile, counted without a GPU and without compiling them.
 
-``python python_tests/dry/compilations.py`` runs the GPU tier's kernel tests on the stand-in of stand_in.py and writes
-benchmarks/results/compilations.json. Each operator is called twice: Triton's, up to the point where it would compile,
-and the reference, whose results the test goes on with.
+``python python_tests/dry/compilations.py`` runs the GPU tier's tests of kernels, steps and graphs on the stand-ins of
+stand_in.py and cuda_graph.py, and writes benchmarks/results/compilations.json. Each operator is called twice: Triton's,
+up to the point where it would compile, and another backend's, whose results the test goes on with.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "gpu")]
 
 import pytest
 import stand_in
 import torch
 import triton
+from test_dry_graph_kernels import install_both
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -33,31 +33,33 @@ from esam_kernels import backends
 from esam_kernels.backends import protocol
 
 ROW = RESULTS / "compilations.json"
+# Those whose tests compile kernels of Triton, and run without a GPU.
+STAGES = ("kernels", "steps", "graphs")
 
 
 class Both:
-    """The Triton backend as far as it needs no GPU; what comes out is the reference's."""
+    """The Triton backend as far as it needs no GPU; what comes out is that of the backend ``computes``."""
 
-    def __init__(self) -> None:
-        self._triton, self._reference = backends.load("triton"), backends.load("reference")
+    def __init__(self, computes: str = "reference") -> None:
+        self._triton, self._computes = backends.load("triton"), backends.load(computes)
         self.__name__ = self._triton.__name__
 
     def __getattr__(self, name: str) -> Any:
         ours = getattr(self._triton, name)
         if name not in protocol.OPERATORS:
             return ours
-        return self._twice(ours, self._losses if name == "cross_entropy_forward" else getattr(self._reference, name))
+        return self._twice(ours, self._losses if name == "cross_entropy_forward" else getattr(self._computes, name))
 
     def _losses(self, logits: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """The reference's losses; NaN for classes that do not exist, as on a GPU: on the CPU it refuses them."""
+        """Losses; NaN for classes that do not exist, as on a GPU: on the CPU it refuses them."""
         if target.is_floating_point():
-            return self._reference.cross_entropy_forward(logits, target, smoothing, ignore_index)
+            return self._computes.cross_entropy_forward(logits, target, smoothing, ignore_index)
         unknown = (target != ignore_index) & ((target < 0) | (target >= logits.shape[1]))
         known = target.masked_fill(unknown, 0)
-        losses, normalizer = self._reference.cross_entropy_forward(logits, known, smoothing, ignore_index)
+        losses, normalizer = self._computes.cross_entropy_forward(logits, known, smoothing, ignore_index)
         return losses.masked_fill(unknown, torch.nan), normalizer
 
-    def _twice(self, ours: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    def _twice(self, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             # Counters of steps, which the host advances: once, not twice.
             lists = [argument for argument in args if isinstance(argument, (list, tuple))]
@@ -66,38 +68,56 @@ class Both:
             ours(*args, **kwargs)
             for tensor, value in zip(single, before):
                 tensor.copy_(value)
-            return reference(*args, **kwargs)
+            return theirs(*args, **kwargs)
 
         return run
 
 
 @contextmanager
-def counted(patch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
-    """The kernels that would have been compiled, as (name, key of the specialisation); none is compiled or launched."""
+def counted(patch: pytest.MonkeyPatch, graphs: bool = False) -> Iterator[set[tuple[str, str]]]:
+    """The kernels that would have been compiled, as (name, key of the specialisation); none is compiled or launched.
+
+    ``graphs``: steps are captured, by the stand-in for CUDA graphs.
+    """
     found: set[tuple[str, str]] = set()
 
     def do_compile(kernel: JITFunction, key: str, *_: Any, **__: Any) -> None:
         found.add((kernel.__name__.removesuffix("_kernel"), key))
 
-    with stand_in.installed(patch):
+    with stand_in.installed(patch) as installed:
         patch.setattr(JITFunction, "_do_compile", do_compile)
+        if graphs:
+            gpu = install_both(patch, installed)
+            patch.setattr(gpu, "check", lambda *_: None)  # the closures of some tests hold memory of their own
         yield found
 
 
-def main() -> int:
-    os.environ["ESAM_GPU_TESTS_DEVICE"] = "cpu"
-    with pytest.MonkeyPatch.context() as patch, counted(patch) as found:
-        both, load = Both(), backends.load
-        # The GPU tier asks for the reference on this device, and gets both.
-        patch.setattr(backends, "load", lambda name: both if name == "reference" else load(name))
-        code = pytest.main(["-q", "-p", "no:cacheprovider", *map(str, test_files("kernels")), *sys.argv[1:]])
+def row_of(stage: str, *options: str) -> dict[str, Any] | None:
+    """The row of a stage, by its tests; None where one of them fails."""
+    with pytest.MonkeyPatch.context() as patch, counted(patch, graphs=stage == "graphs") as found:
+        patch.setenv("ESAM_GPU_TESTS_DEVICE", "cpu")
+        # A capture forbids the reference's Adam, which reads its counters.
+        both, load = Both("native" if stage == "graphs" else "reference"), backends.load
+        # On this device the GPU tier asks for the reference, and its trainings for Triton: each gets both.
+        patch.setattr(backends, "load", lambda name: both if name in ("reference", "triton") else load(name))
+        if pytest.main(["-q", "-p", "no:cacheprovider", *map(str, test_files(stage)), *options]) != 0:
+            return None
     kernels = dict(sorted(Counter(name for name, _ in found).items()))
-    row = {"stage": "kernels", "backend": "triton", "compilations": len(found), "kernels": kernels}
-    row |= {"triton": triton.__version__, "commit": commit(), "date": datetime.now(timezone.utc).date().isoformat()}
-    print(json.dumps(row))
-    if code == 0:
-        ROW.write_text(f"[\n{json.dumps(row)}\n]\n")
-    return int(code)
+    row = {"stage": stage, "backend": "triton", "compilations": len(found), "kernels": kernels}
+    return row | {
+        "triton": triton.__version__,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def main() -> int:
+    rows = [row_of(stage, *sys.argv[1:]) for stage in STAGES]
+    print("\n".join(map(json.dumps, rows)))
+    if None in rows:
+        return 1
+    ROW.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    return 0
 
 
 if __name__ == "__main__":

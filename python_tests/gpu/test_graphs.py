@@ -26,7 +26,7 @@ def graphed_and_eager(device, backend_name, *args, **esam):
     """Two trainings alike. The eager one draws whole tensors from the same pool."""
     graphed, eager = (Training(device, backend_name, *args, **esam) for _ in range(2))
     step = make_graphed_step(graphed.optimizer, graphed.losses, *batches(device, 1)[0])
-    if device.type == "cuda":
+    if graphed.optimizer._perturbation.draw.pool is not None:  # the step is captured
         eager.optimizer._perturbation.draw.pool = DRAW_POOL
         groups = eager.optimizer.param_groups
         if all(isinstance(group["lr"], torch.Tensor) for group in groups):

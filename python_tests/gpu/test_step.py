@@ -56,7 +56,7 @@ def test_a_scaled_step_never_waits_for_the_device(backend_name, device):
     """With a base optimizer that looks at found_inf on the device itself."""
     training = Training(device, backend_name, beta=1.0)
     params = list(training.model.parameters())
-    training.optimizer = ESAM(params, torch.optim.AdamW(params, fused=device.type == "cuda"), backend=backend_name)
+    training.optimizer = ESAM(params, torch.optim.AdamW(params, fused=True), backend=backend_name)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
     given = batches(device, 6)
     for batch in given[:3]:
