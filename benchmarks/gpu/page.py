@@ -164,8 +164,8 @@ def _parts(devices: list[Path], benchmarks: Path) -> str:
 def _compilations(results: Path) -> str:
     rows = json.loads((results / "compilations.json").read_text())
     lines = [["kernel", *(f"`{row['stage']}`" for row in rows)]]
-    for name in sorted(set().union(*(row["kernels"] for row in rows))):
-        lines.append([f"`{name}`", *(str(row["kernels"].get(name, 0)) for row in rows)])
+    kernels = sorted(set().union(*(row["kernels"] for row in rows)))
+    lines += [[f"`{name}`", *(str(row["kernels"].get(name, 0)) for row in rows)] for name in kernels]
     lines.append(["all", *(str(row["compilations"]) for row in rows)])
     counted = "; ".join(dict.fromkeys(f"Triton {row['triton']}, commit {row['commit']}, {row['date']}" for row in rows))
     return f"""

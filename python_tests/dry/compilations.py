@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "gpu")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pytest
 import stand_in
@@ -104,11 +105,8 @@ def row_of(stage: str, *options: str) -> dict[str, Any] | None:
             return None
     kernels = dict(sorted(Counter(name for name, _ in found).items()))
     row = {"stage": stage, "backend": "triton", "compilations": len(found), "kernels": kernels}
-    return row | {
-        "triton": triton.__version__,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
+    today = datetime.now(timezone.utc).date().isoformat()
+    return row | {"triton": triton.__version__, "commit": commit(), "date": today}
 
 
 def main() -> int:
