@@ -1,4 +1,4 @@
-"""The numbers of the README, docs/ascent.md, docs/performance.md and docs/kernels.md come from the rows.
+"""The numbers of the README and of the site come from the rows.
 
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text): the rows of one device and number of threads,
@@ -24,8 +24,7 @@ from benchmarks import agreement, kernel_counts, performance, tables
 from benchmarks import rows as results
 
 README = results.ROOT / "README.md"
-_WITH_TABLES = ("ascent.md", "kernels.md", "performance.md", "ranking.md")
-PAGES = (README, *(results.ROOT / "docs" / name for name in _WITH_TABLES))
+PAGES = (README, *sorted((results.ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"(<!-- rows:(?P<source>\S+)(?: (?P<only>[^\n]+?))? -->\n)(?P<body>.*?)(<!-- /rows -->)", re.DOTALL)
 MARK = re.compile(r"(?P<number>-?\d[\d,]*(?:\.\d+)?)(?P<mark><!-- row: (?P<file>\S+?\.json)#(?P<key>.+?) -->)")
 STUDY = re.compile(r"(<!-- study:(?P<source>\S+)(?: (?P<only>\S+))? -->\n)(?P<body>.*?)(<!-- /study -->)", re.DOTALL)
