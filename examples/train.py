@@ -182,7 +182,7 @@ def with_ascents(parser: Parser, options: argparse.Namespace) -> list[str]:
         parser.error(f"--recipe holds rho, beta and gamma for two passes: not for {' and '.join(ONE_PASS)}")
     if options.gamma not in (None, 1.0) and set(found) & set(ONE_PASS) and not set(found) & {"esam", "esam-sds"}:
         parser.error(
-            f"--gamma {options.gamma} needs two looks at the batch, and {' and '.join(ONE_PASS)} take one: leave it out"
+            f"--gamma {options.gamma} needs two passes a step, and {' and '.join(ONE_PASS)} take one: leave it out"
         )
     return found
 

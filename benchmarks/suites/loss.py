@@ -117,7 +117,7 @@ def _cross_entropy(context: Context, shape: Shape, backward: bool) -> Case:
 
 
 def _selection(context: Context, shape: Shape, images: Shape) -> Case:
-    """loss_after from the logits of the second look, then B+ and its images and labels."""
+    """loss_after from the logits at w + e, then B+ and its images and labels."""
     k = max(1, round(GAMMA * shape[0]))
 
     def buffers() -> tuple[Tensor, ...]:

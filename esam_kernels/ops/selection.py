@@ -223,7 +223,7 @@ def gather_rows(tensors: list[Tensor], indices: Tensor, backend: str = "") -> li
     return rows
 
 
-def _check_looks(before: Tensor, after: Tensor, target: Tensor | None, k: int, ignore_index: int) -> None:
+def _check_losses(before: Tensor, after: Tensor, target: Tensor | None, k: int, ignore_index: int) -> None:
     """Losses (b,), or beside a target logits (b, C), of the weights before and after."""
     for name, values in (("before", before), ("after", after)):
         if target is not None and values.dim() == 2:
@@ -257,12 +257,12 @@ def _select_gather(
 
     ``before`` are losses, shape (b,). ``after`` are losses too, or with a ``target`` the logits (b, C) at w + e.
     """
-    _check_looks(before, after, target, k, ignore_index)
+    _check_losses(before, after, target, k, ignore_index)
     _check_rows(tensors)
     module = resolve(backend, after.device)
     if module.losses_select_gather is not None:
-        looks = (before, after, k, tensors, target, label_smoothing, ignore_index)
-        _, _, indices, rows = module.losses_select_gather(*looks)
+        arguments = (before, after, k, tensors, target, label_smoothing, ignore_index)
+        _, _, indices, rows = module.losses_select_gather(*arguments)
         return indices, rows
 
     def losses_of(values: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Ranking:
     """Scores from pass 1 alone."""
 
     #: Whether the losses at w + e are measured, in a forward of their own.
-    looks_again = False
+    needs_loss_after = False
     #: Whether the head's input and output gradient are recorded in pass 1, where there is a head.
     records_head = False
     #: Whether there has to be one.

@@ -8,4 +8,4 @@ from esam_kernels.ranking.base import Ranking
 class Rise(Ranking):
     """The paper's: the loss at w + e minus that at w, measured by a forward (Eq. 6)."""
 
-    looks_again = True
+    needs_loss_after = True

@@ -57,7 +57,7 @@ class Phases:
         # Set while a step is captured: what remembers the random numbers of the first forward.
         self.remember_noise: Callable[[], Any] | None = None
         self._ran_backward = False
-        self._looks_with_grad = False
+        self._evaluates_with_grad = False
         # How often the gradients were dropped or zeroed by the optimizer's own zero_grad.
         self.zeroed = 0
         #: The gradients that the last step, or a zero_grad in place since, left behind.
@@ -87,7 +87,7 @@ class Phases:
         return has_candidate or not self.perturbation.trained()
 
     def noise(self) -> Any:
-        """The state of the random generators now, to be replayed; None where the second look draws its own."""
+        """The state of the random generators now, to be replayed; None where the forward at w + e draws its own."""
         if not self.replays_noise:
             return None
         if self.remember_noise is not None:
@@ -182,21 +182,21 @@ class Phases:
         if zero_grad:
             self.drop_gradients()
 
-    def look(self, losses: Callable[..., Any], batch: tuple[Any, ...], noise: Any = None) -> Any:
+    def evaluate(self, losses: Callable[..., Any], batch: tuple[Any, ...], noise: Any = None) -> Any:
         """What the closure returns at w + e, without gradients, with the random numbers that ``noise`` holds.
 
         A closure that differentiates by itself (a gradient penalty, a force field) needs them: it is called again with
         gradients then, and from now on at once.
         """
         replay = contextlib.nullcontext if noise is None else noise.replay
-        if not self._looks_with_grad:
+        if not self._evaluates_with_grad:
             try:
                 with torch.no_grad(), replay():
                     return losses(*batch)
             except RuntimeError as error:
                 if not any(text in str(error) for text in _NO_GRAD_MESSAGES):
                     raise
-                self._looks_with_grad = True
+                self._evaluates_with_grad = True
         with replay():
             return losses(*batch)
 
@@ -206,14 +206,14 @@ class Phases:
 
     def select(self, loss_before: Tensor, loss_after: Tensor | None, *tensors: Any) -> Any:
         """B+ of a batch."""
-        torch.clear_autocast_cache()  # torch 2.8 reuses the copies of weights that a look without gradients made
+        torch.clear_autocast_cache()  # torch 2.8 reuses the copies of weights that a forward without gradients made
         samples = batch_size(tensors)
         check_losses(loss_before, samples, "loss_before")
-        if not self.ranking.looks_again and loss_after is not None:
+        if not self.ranking.needs_loss_after and loss_after is not None:
             raise ValueError(
                 f"ranking={self.perturbation.settings.ranking!r} needs no losses at w + e: give None as loss_after"
             )
-        if self.ranking.looks_again:
+        if self.ranking.needs_loss_after:
             check_losses(loss_after, samples, "loss_after")
         k = self.num_selected(samples)
         if k == samples:
@@ -221,7 +221,7 @@ class Phases:
         if loss_after is None:
             loss_after = self.scores(loss_before.detach(), tensors)
             loss_before = torch.zeros_like(loss_after)
-        if self.ranking.looks_again and self._maximizes():
+        if self.ranking.needs_loss_after and self._maximizes():
             loss_before, loss_after = loss_after, loss_before
         return selected_on(self.perturbation.backend, k, loss_before, loss_after, *tensors)
 
@@ -293,7 +293,7 @@ class Phases:
         batch_size((logits_after, *tensors))
         check_losses(loss_before, samples, "loss_before")
         check_logits(logits_after, target, label_smoothing, ignore_index, class_dim)
-        if not self.ranking.looks_again or self._maximizes():
+        if not self.ranking.needs_loss_after or self._maximizes():
             raise ValueError('select_from_logits needs ranking="rise" and a base optimizer that minimizes: call select')
         k = self.num_selected(samples)
         if k == samples:

@@ -108,13 +108,13 @@ class TwoPasses:
     """Algorithm 1: the gradient at w, the perturbation, the choice of B+, and the gradient of B+ at w + e."""
 
     def forwards(self, phases: Phases) -> float:
-        """Pass 1 with the weight gradients of what is drawn, the look at the losses at w + e, and pass 2 over B+."""
+        """Pass 1 with the weight gradients of what is drawn, the forward at w + e that ranks, and pass 2 over B+."""
         perturbation, settings = phases.perturbation, phases.perturbation.settings
         trained = sum(perturbation.params[i].numel() for i in perturbation.trained())
         candidates = sum(perturbation.params[i].numel() for i in perturbation.candidates())
         drawn = candidates / max(1, trained) * (settings.beta if settings.mask == "tensor" else 1.0)
-        look = 1.0 if settings.gamma < 1.0 and phases.ranking.looks_again else 0.0
-        return 2.0 + drawn + look + _BASE_FORWARDS * settings.gamma
+        ranking = 1.0 if settings.gamma < 1.0 and phases.ranking.needs_loss_after else 0.0
+        return 2.0 + drawn + ranking + _BASE_FORWARDS * settings.gamma
 
     def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
         """Each part from the clean weights, with a perturbation and a B+ of its own; w is left at the last one's w + e.
@@ -138,7 +138,7 @@ class TwoPasses:
         """Both passes over the part. Returns its mean loss at w, and what else the closure returned for it."""
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
-        noise = phases.noise() if phases.ranking.looks_again else None
+        noise = phases.noise() if phases.ranking.needs_loss_after else None
 
         with alone():
             loss_before, rest = losses_and_rest(losses(*batch), samples)
@@ -151,9 +151,9 @@ class TwoPasses:
         k = num_selected(gamma, samples)
         if k < samples or (gamma < 1.0 and phases.parallelism.forward_communicates):
             loss_after = None
-            if phases.ranking.looks_again:
+            if phases.ranking.needs_loss_after:
                 with alone():
-                    loss_after, _ = losses_and_rest(phases.look(losses, batch, noise), samples)
+                    loss_after, _ = losses_and_rest(phases.evaluate(losses, batch, noise), samples)
             chosen = phases.select(loss_before, loss_after, *batch)
             batch = chosen if len(batch) > 1 else (chosen,)
 

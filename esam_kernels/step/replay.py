@@ -1,4 +1,4 @@
-"""What a second look at the same batch must not change: the model's buffers and the random noise."""
+"""What a second forward of the same batch must not change: the buffers of the model and the random noise."""
 
 from __future__ import annotations
 

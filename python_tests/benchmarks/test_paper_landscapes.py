@@ -168,6 +168,6 @@ def test_label_noise_compares_only_where_all_were_trained():
 
 @pytest.mark.parametrize(("selected", "holds"), [(0.65, True), (0.45, False)])
 def test_label_noise_compares_the_wrong_labels_in_b_plus_with_those_of_the_training_set(selected, holds):
-    """Of two looks, the second finds 0.2 less."""
+    """Of two measurements, the second finds 0.2 less."""
     found = label_noise.claims(noise_rows({0.0: (1.0,) * 4, 0.4: (1.0,) * 4}, selected))[-1]
     assert (found.holds, found.measured) == (holds, f"{100 * (selected - 0.1):.0f} % of B+ at 40%")

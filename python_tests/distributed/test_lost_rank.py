@@ -20,7 +20,7 @@ LOST = 7
 
 
 def _train(folder: str, call_of_death: int | None) -> list[Tensor]:
-    """Save after every step. Rank 1 dies within step ``LOST_AT``, in its so-many-th look at the batch."""
+    """Save after every step. Rank 1 dies within step ``LOST_AT``, in its so-many-th forward."""
     model = wrap(build_model())
     optimizer = ESAM(model.parameters(), model=model, **OPTIONS)
     path = Path(folder, "checkpoint.pt")
@@ -47,7 +47,7 @@ def _train(folder: str, call_of_death: int | None) -> list[Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3], ids=["first pass", "second look", "second pass"])
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["first pass", "forward that ranks", "second pass"])
 def test_the_others_end_with_an_error_and_a_restart_goes_on(tmp_path: Path, call: int) -> None:
     survivor, lost = run_ranks(_train, str(tmp_path), call, seconds=2 * COLLECTIVE_SECONDS, may_die=True)
     assert lost == LOST

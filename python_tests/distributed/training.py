@@ -124,8 +124,8 @@ def train_alone(
             optimizer.backward(torch.cat(before).mean())
             optimizer.first_step(zero_grad=True)
             with torch.no_grad():
-                looks_again = optimizer._phases.ranking.looks_again
-                after = ranked or [losses(*part) if looks_again else None for part in micro]
+                needs_loss_after = optimizer._phases.ranking.needs_loss_after
+                after = ranked or [losses(*part) if needs_loss_after else None for part in micro]
                 before = [torch.zeros_like(score) for score in ranked] or before
             chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
             losses(*joined(chosen)).mean().backward()
@@ -205,7 +205,7 @@ def _second_gradients(model: nn.Module, optimizer: ESAM, batch: tuple[Tensor, Te
     optimizer.backward(before.mean())
     optimizer.first_step(zero_grad=True)
     after = None
-    if optimizer._phases.ranking.looks_again:
+    if optimizer._phases.ranking.needs_loss_after:
         with torch.no_grad():
             after = losses(*batch)
     losses(*optimizer.select(before, after, *batch)).mean().backward()

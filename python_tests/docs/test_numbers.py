@@ -91,7 +91,7 @@ def test_a_number_with_a_unit_and_without_a_row_is_found(text, found):
     assert len(unbacked(text)) == found
 
 
-def test_every_block_stands_where_its_check_looks():
+def test_every_block_stands_where_its_check_losses():
     checked = {"modes": {str(page) for page in report.PAGES}, "versions": {"docs/versions.md"}}
     of_readme = {str(page.relative_to(ROOT)) for page in readme.PAGES}
     for page in PAGES:

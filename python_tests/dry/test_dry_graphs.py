@@ -71,7 +71,7 @@ def test_a_learning_rate_in_a_tensor_on_the_host_takes_no_capture_when_it_is_rep
     assert (len(gpu.captures), gpu.replays) == (1, 5)
 
 
-def test_dropout_draws_anew_in_every_replay_and_the_same_in_both_looks(gpu):
+def test_dropout_draws_anew_in_every_replay_and_the_same_in_both_forwards(gpu):
     Pair(dropout=0.4, mask="element").run(WARMUP_STEPS + 6)
     assert gpu.replays == 6
 

@@ -266,7 +266,7 @@ def run_expecting_an_error(arguments, tmp_path, capsys):
         (["--optimizer", "adam"], "invalid choice: 'adam'"),
         (["--optimizer", "esam", "--beta", "0"], "beta must lie in (0, 1]"),
         (["--optimizer", "esam", "--gamma", "1.5"], "gamma must lie in (0, 1]"),
-        (["--ascent", "momentum", "--gamma", "0.5"], "--gamma 0.5 needs two looks at the batch"),
+        (["--ascent", "momentum", "--gamma", "0.5"], "--gamma 0.5 needs two passes a step"),
         (["--optimizer", "esam-previous", "--gamma", "0.5"], "esam-previous and esam-momentum take one"),
         (
             ["--recipe", "cifar10-resnet18-esam", "--ascent", "momentum"],

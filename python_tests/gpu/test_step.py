@@ -138,10 +138,10 @@ def test_masks_and_weights_agree_with_the_reference(backend_name, device, mask):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_the_same_in_both_looks(backend_name, device):
+def test_dropout_is_the_same_in_both_forwards(backend_name, device):
     """Where nothing moves, the losses before and after are the same, dropout and all.
 
-    At rho = 0 there would be one look only; a rho far below the weights' rounding moves nothing.
+    At rho = 0 there would be one forward only; a rho far below the weights' rounding moves nothing.
     """
     training = Training(device, backend_name, dropout=0.5, rho=1e-30)
     seen = []

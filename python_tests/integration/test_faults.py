@@ -93,9 +93,9 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, undis
     assert_same_bits(flat(run_to_the_end(processes, tmp_path, base, mask)), expected)
 
 
-# Step 13 begins after the checkpoint of step 12: one step is lost. The calls are F1, the second look and F2.
+# Step 13 begins after the checkpoint of step 12: one step is lost. The calls: pass 1, the forward that ranks, pass 2.
 @KINDS
-@pytest.mark.parametrize("call", [1, 2], ids=["second look", "second gradient"])
+@pytest.mark.parametrize("call", [1, 2], ids=["forward that ranks", "second gradient"])
 def test_killed_between_first_and_second_step_a_run_ends_with_the_same_bits(
     processes, undisturbed, tmp_path, base, mask, call
 ):

@@ -166,7 +166,7 @@ def poison(losses, calls: set[int]):
     return poisoned
 
 
-# A step calls the closure three times: for the first gradient, for the second look, for the second gradient.
+# A step calls the closure three times: for the first gradient, for the losses at w + e, for the second gradient.
 @pytest.mark.parametrize("call", [0, 2], ids=["first gradient", "second gradient"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("micro_batch", [None, 16, 8])

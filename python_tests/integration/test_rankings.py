@@ -1,4 +1,4 @@
-"""Rankings that need no second look, under autocast, GradScaler, torch.compile and accumulation."""
+"""Rankings that need no forward at w + e, under autocast, GradScaler, torch.compile and accumulation."""
 
 from __future__ import annotations
 

@@ -158,14 +158,14 @@ def check_select(case: Case) -> None:
     for losses in (before, after):
         for value in (math.nan, math.inf, -math.inf, -0.0):
             losses[torch.rand(samples) < case.random.choice((0.0, 0.0, 0.2))] = value
-    looks = [
+    losses = [
         case.laid_out(losses.to(case.one_of("dtype", DTYPES)), ("plain", "shifted", "misaligned", "with gaps"))
         for losses in (before, after)
     ]
     k = case.note("k", case.random.randint(1, samples))
-    expected = reference.select(*looks, k)
-    assert torch.equal(native.select(*looks, k), expected)
-    assert torch.equal(select(*looks, k), expected)
+    expected = reference.select(*losses, k)
+    assert torch.equal(native.select(*losses, k), expected)
+    assert torch.equal(select(*losses, k), expected)
 
 
 OF_ROWS = (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)

@@ -1,4 +1,4 @@
-"""Rankings that need no second look choose the same samples on the native backend as on the reference."""
+"""Rankings that need no forward at w + e choose the same samples on the native backend as on the reference."""
 
 import pytest
 import torch

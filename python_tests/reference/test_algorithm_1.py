@@ -97,10 +97,10 @@ def test_step_is_algorithm_1(mask, radius, beta, gamma, dtype):
     model = oracles.mlp(dtype=dtype)
     oracle = Oracle(model, beta=beta, gamma=gamma, mask=mask, radius=radius, seed=11)
     optimizer = build(model, mask, radius, beta, gamma)
-    looks = []
+    seen = []
 
     def losses(inputs, target):
-        looks.append(inputs)
+        seen.append(inputs)
         return cross_entropy(model(inputs), target)
 
     exact = dtype == torch.float64
@@ -108,9 +108,9 @@ def test_step_is_algorithm_1(mask, radius, beta, gamma, dtype):
         inputs, target = oracles.batch(20, seed=step, dtype=dtype)
         loss = optimizer.step(losses, inputs, target)
         expected = oracle.step(inputs.double(), target)
-        assert torch.equal(looks[-1], inputs[oracle.chosen])
+        assert torch.equal(seen[-1], inputs[oracle.chosen])
         torch.testing.assert_close(loss.double(), expected, rtol=1e-10 if exact else 1e-5, atol=0.0)
-    assert len(looks) == STEPS * (3 if gamma < 1.0 else 2)
+    assert len(seen) == STEPS * (3 if gamma < 1.0 else 2)
     for weight, expected in zip(model.parameters(), oracle.weights):
         tolerance = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(weight.detach().double(), expected, **tolerance)

@@ -117,7 +117,7 @@ def dropout_masks(replay):
     return kept
 
 
-def test_both_looks_see_the_same_dropout():
+def test_both_forwards_see_the_same_dropout():
     first, second, _ = dropout_masks(replay=True)
     assert torch.equal(first, second)
     assert 0.3 < first.double().mean() < 0.9

@@ -16,14 +16,14 @@ def recorded(samples, gamma=0.5, rho=0.5):
     """One step, and the inputs of its forwards."""
     model = oracles.mlp()
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=gamma, rho=rho)
-    looks = []
+    seen = []
 
     def losses(inputs, target):
-        looks.append(inputs)
+        seen.append(inputs)
         return cross_entropy(model(inputs), target)
 
     loss = optimizer.step(losses, *oracles.batch(samples))
-    return model, loss, looks
+    return model, loss, seen
 
 
 def test_half_of_32_samples_are_16_and_not_15():
@@ -31,8 +31,8 @@ def test_half_of_32_samples_are_16_and_not_15():
 
 
 def test_ties_select_k_samples_and_not_none():
-    model, loss, looks = recorded(32, rho=1e-30)  # no weight moves
-    assert len(looks[-1]) == 16
+    model, loss, seen = recorded(32, rho=1e-30)  # no weight moves
+    assert len(seen[-1]) == 16
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -113,17 +113,17 @@ def test_batch_norm_statistics_move_once_a_step_and_not_three_times():
 
 
 def test_dropout_does_not_rank_the_samples():
-    """Where rho is too small to move a weight both looks give the same losses, whatever dropout does."""
+    """Where rho is too small to move a weight both forwards give the same losses, whatever dropout does."""
     model = oracles.noisy_mlp()
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=1e-30, model=model)
-    looks = []
+    seen = []
 
     def losses(inputs, target):
-        looks.append(cross_entropy(model(inputs), target))
-        return looks[-1]
+        seen.append(cross_entropy(model(inputs), target))
+        return seen[-1]
 
     optimizer.step(losses, *oracles.batch(16))
-    assert torch.equal(looks[0], looks[1])
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_w_plus_e_minus_e_is_w():

@@ -150,7 +150,7 @@ def test_loss_and_rest_are_those_at_w():
     assert not loss.requires_grad
 
 
-def test_both_looks_at_the_quarter_see_the_same_noise_and_the_next_step_another():
+def test_both_forwards_of_the_quarter_see_the_same_noise_and_the_next_step_another():
     model, optimizer = build(dropout=0.5, rho=1e-9)
     dropped = []
     model[3].register_forward_hook(lambda _, args, output: dropped.append((output == 0) & (args[0] != 0)))

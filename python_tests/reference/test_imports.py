@@ -1,4 +1,4 @@
-"""Which way imports run: each room of the package knows the rooms below it, and none above."""
+"""Which way imports run: each part of the package imports from the layers below its own, and from none above."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,8 @@ from esam_kernels.perturbation import ascent
 
 PACKAGE = Path(esam_kernels.__file__).parent
 
-# From the ground up. A room is a module or a folder; those in one row know nothing of each other.
-FLOORS = [
+# The lowest layer first. Modules and folders of one layer do not import from each other.
+LAYERS = [
     ["logs", "uploads"],
     ["device_numbers"],
     ["backends"],
@@ -26,15 +26,15 @@ FLOORS = [
     ["graphs", "schedules", "diagnostics", "doctor"],
     ["__init__", "__main__"],
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 
-def room_of(path):
+def name_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(source):
-    """The rooms that a module's text imports from."""
+def imported_names(source):
+    """The modules and folders that a module's text imports from."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -51,24 +51,24 @@ def imported_rooms(source):
 
 
 def wrong_ways(sources):
-    """(importing room, imported room) wherever an import does not lead down; ``sources`` are (room, text)."""
+    """(importing, imported) wherever an import does not lead down; ``sources`` are (name, text)."""
     return sorted(
         {
-            (room, imported)
-            for room, source in sources
-            for imported in imported_rooms(source)
-            if imported in FLOOR and imported != room and FLOOR[imported] >= FLOOR[room]
+            (name, imported)
+            for name, source in sources
+            for imported in imported_names(source)
+            if imported in LAYER and imported != name and LAYER[imported] >= LAYER[name]
         }
     )
 
 
-def test_every_module_has_a_floor():
-    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")}
-    assert rooms == set(FLOOR)
+def test_every_module_has_a_layer():
+    names = {name_of(path) for path in PACKAGE.rglob("*.py")}
+    assert names == set(LAYER)
 
 
 def test_imports_lead_down():
-    assert wrong_ways([(room_of(path), path.read_text()) for path in PACKAGE.rglob("*.py")]) == []
+    assert wrong_ways([(name_of(path), path.read_text()) for path in PACKAGE.rglob("*.py")]) == []
 
 
 def test_an_import_that_leads_up_is_found():
