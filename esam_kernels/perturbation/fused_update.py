@@ -50,6 +50,13 @@ def check_rates(base: Optimizer) -> None:
                 raise TypeError(f"the lr of parameter group {number} must be a number or a tensor, got {group['lr']!r}")
 
 
+def waits_for_its_rate(base: Optimizer) -> bool:
+    """Whether ``base.step()`` reads a learning rate back from the device, and a fused update gives the same bits."""
+    return type(base) is SGD and any(
+        isinstance(group["lr"], Tensor) and group["lr"].is_cuda and not group["fused"] for group in base.param_groups
+    )
+
+
 def has_hooks(base: Optimizer) -> bool:
     """Whether the user has hooks that are called around ``base.step()``."""
     return any(

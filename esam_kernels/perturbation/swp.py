@@ -21,6 +21,7 @@ from esam_kernels.perturbation.fused_update import (
     check_rates,
     plan_update,
     restore_and_step,
+    waits_for_its_rate,
     why_not_fused,
 )
 from esam_kernels.perturbation.parameters import Parameters
@@ -273,7 +274,7 @@ class StochasticWeightPerturbation:
         Raises:
             TypeError: a group's lr is neither a number nor a tensor. Nothing is changed then.
         """
-        if self.lr_tensors is not None:
+        if self.lr_tensors is not None or waits_for_its_rate(self.base):
             self._restore_and_update()
             return
         self.base.step()
@@ -282,10 +283,11 @@ class StochasticWeightPerturbation:
     def _restore_and_update(self) -> None:
         base = self.base
         check_rates(base)
-        # In a graph also where nothing is perturbed: the base optimizer's own step would freeze the learning rate.
+        # Also where nothing is perturbed: the base optimizer's own step would freeze the learning rate in a graph, or
+        # wait for it.
         is_captured = self.lr_tensors is not None
         plan = None
-        if self._perturbed or is_captured:
+        if self._perturbed or is_captured or waits_for_its_rate(base):
             try:
                 plan = self._plan_update(align=is_captured)
             except NotFused as reason:

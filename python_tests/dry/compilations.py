@@ -75,10 +75,10 @@ class Both:
 
 
 @contextmanager
-def counted(patch: pytest.MonkeyPatch, graphs: bool = False) -> Iterator[set[tuple[str, str]]]:
+def counted(patch: pytest.MonkeyPatch, steps: bool = False) -> Iterator[set[tuple[str, str]]]:
     """The kernels that would have been compiled, as (name, key of the specialisation); none is compiled or launched.
 
-    ``graphs``: steps are captured, by the stand-in for CUDA graphs.
+    ``steps``: tensors are on a CUDA device as far as whole steps ask, and are captured by the stand-in for CUDA graphs.
     """
     found: set[tuple[str, str]] = set()
 
@@ -87,7 +87,7 @@ def counted(patch: pytest.MonkeyPatch, graphs: bool = False) -> Iterator[set[tup
 
     with stand_in.installed(patch) as installed:
         patch.setattr(JITFunction, "_do_compile", do_compile)
-        if graphs:
+        if steps:
             gpu = install_both(patch, installed)
             patch.setattr(gpu, "check", lambda *_: None)  # the closures of some tests hold memory of their own
         yield found
@@ -95,10 +95,10 @@ def counted(patch: pytest.MonkeyPatch, graphs: bool = False) -> Iterator[set[tup
 
 def row_of(stage: str, *options: str) -> dict[str, Any] | None:
     """The row of a stage, by its tests; None where one of them fails."""
-    with pytest.MonkeyPatch.context() as patch, counted(patch, graphs=stage == "graphs") as found:
+    with pytest.MonkeyPatch.context() as patch, counted(patch, steps=stage != "kernels") as found:
         patch.setenv("ESAM_GPU_TESTS_DEVICE", "cpu")
         # A capture forbids the reference's Adam, which reads its counters.
-        both, load = Both("native" if stage == "graphs" else "reference"), backends.load
+        both, load = Both("reference" if stage == "kernels" else "native"), backends.load
         # On this device the GPU tier asks for the reference, and its trainings for Triton: each gets both.
         patch.setattr(backends, "load", lambda name: both if name in ("reference", "triton") else load(name))
         if pytest.main(["-q", "-p", "no:cacheprovider", *map(str, test_files(stage)), *options]) != 0:

@@ -54,7 +54,7 @@ def test_what_is_counted_of_graphed_steps_is_what_triton_compiles(monkeypatch):
         for _ in range(WARMUP_STEPS + 1):
             step(*given)
 
-    with monkeypatch.context() as patch, counted(patch, graphs=True) as found:
+    with monkeypatch.context() as patch, counted(patch, steps=True) as found:
         both, load = Both("native"), backends.load
         patch.setattr(backends, "load", lambda name: both if name == "triton" else load(name))
         run()

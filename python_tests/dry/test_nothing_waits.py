@@ -6,11 +6,14 @@ import gc
 
 import block_memory
 import pytest
+import steps as plain_trainings
 import torch
 from host_memory import watched
+from steps import batches
 from test_launches import PLANS, SGD, WARM_UP, Training
 
-from esam_kernels import uploads
+from esam_kernels import ESAM, ops, uploads
+from esam_kernels.backends import unavailable
 from esam_kernels.backends.triton import adam
 from esam_kernels.device_numbers import MOST_FILLS, DeviceNumbers
 
@@ -72,6 +75,54 @@ def test_a_bare_update_waits_for_nothing(stand_in, memory, monkeypatch, base):
         training.optimizer.first_step()
         training.optimizer.second_step()
     assert (watch.reads, watch.copies) == ([], [])
+
+
+SGD_OPTIONS = [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}]
+
+
+@pytest.fixture
+def everything_is_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+
+
+@pytest.mark.parametrize("options", SGD_OPTIONS)
+def test_a_base_step_of_sgd_reads_its_rate_on_the_device(
+    stand_in, memory, monkeypatch, everything_is_on_a_gpu, options
+):
+    """torch's own SGD would wait for it once for each parameter."""
+    training = Training(memory, base_optimizer=torch.optim.SGD, lr=torch.tensor(0.25), rho=0.0, **options)
+    training.run(WARM_UP)
+    stand_in.forget()
+    training.run()
+    assert stand_in.take() == ["forward_tile", "backward_tile", "restore_sgd"]
+    assert waits(monkeypatch, training) == ([], [])
+
+
+@pytest.mark.skipif(unavailable("native", CPU) is not None, reason="no backend on the CPU fuses updates")
+@pytest.mark.parametrize("in_two_calls", [False, True])
+@pytest.mark.parametrize("options", SGD_OPTIONS)
+def test_a_base_step_of_sgd_with_its_rate_on_the_device_has_the_bits_of_torchs_own(
+    everything_is_on_a_gpu, monkeypatch, options, in_two_calls
+):
+    fused, operator = [], ops.restore_sgd_
+    monkeypatch.setattr(ops, "restore_sgd_", lambda *args, **kwargs: (fused.append(1), operator(*args, **kwargs)))
+    ours, theirs = (plain_trainings.Training(CPU, "native") for _ in range(2))
+    rate = torch.tensor(0.3)
+    optimizer = ESAM(ours.model.parameters(), torch.optim.SGD, lr=rate, rho=0.0, backend="native", **options)
+    plain = torch.optim.SGD(theirs.model.parameters(), lr=rate.item(), **options)
+    for batch in batches(CPU, 4):
+        plain.zero_grad()
+        theirs.losses(*batch).mean().backward()
+        plain.step()
+        if in_two_calls:
+            optimizer.zero_grad()
+            ours.losses(*batch).mean().backward()
+            optimizer.first_step()
+            optimizer.second_step()
+        else:
+            optimizer.step(ours.losses, *batch)
+    plain_trainings.assert_same_weights(ours, theirs)
+    assert len(fused) == 4
 
 
 def test_the_watch_sees_reads_and_copies(monkeypatch):

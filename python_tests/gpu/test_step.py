@@ -78,6 +78,7 @@ AT_ONCE = {
     "momentum": {"ascent": "momentum", "gamma": 1.0},
     "sharpness of a part": {"gamma": 1.0, "sharpness_share": 0.25},
     "base step": {"rho": 0.0},
+    "base step, its rate on the device": {"rho": 0.0, "lr": torch.tensor(0.05)},
     "AdamW, counters on the host": COUNTERS_ON_THE_HOST,
     "base step of AdamW": {**COUNTERS_ON_THE_HOST, "rho": 0.0},
 }
@@ -90,6 +91,8 @@ def test_a_step_returns_at_once_while_the_device_is_busy(backend_name, device, m
     options = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9} | AT_ONCE[mode]
     if options["base_optimizer"] is torch.optim.AdamW:
         del options["momentum"]
+    if isinstance(options["lr"], torch.Tensor):
+        options["lr"] = options["lr"].to(device)
     training.optimizer = ESAM(training.model.parameters(), backend=backend_name, model=training.model, **options)
     given = batches(device, 12)
     for batch in given[:-1]:
@@ -125,6 +128,21 @@ def test_two_runs_give_the_same_bits(backend_name, device, mask, base, autocast)
         for batch in batches(device, 5):
             training.step(batch)
     assert_same_weights(*runs)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 1e-3}])
+def test_a_base_step_with_its_rate_on_the_device_is_sgds_bit_for_bit(backend_name, device, options):
+    ours, theirs = (Training(device, backend_name) for _ in range(2))
+    rate = torch.tensor(0.05, device=device)
+    params = list(ours.model.parameters())
+    ours.optimizer = ESAM(params, torch.optim.SGD, lr=rate, rho=0.0, backend=backend_name, **options)
+    plain = torch.optim.SGD(theirs.model.parameters(), lr=rate.item(), **options)
+    for batch in batches(device, 5):
+        ours.step(batch)
+        plain.zero_grad()
+        theirs.losses(*batch).mean().backward()
+        plain.step()
+    assert_same_weights(ours, theirs)
 
 
 @masks
