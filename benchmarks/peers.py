@@ -8,8 +8,9 @@ Written anew from what the published code is known to do (not from its text):
 * e is kept in the optimizer's state, added to the weights, and subtracted again;
 * B+ is what lies strictly above the k-th largest rise, taken by a boolean mask.
 
-Its defects come with it, because they are what users run: the weights do not return exactly, one sample fewer than k is
-selected, ``requires_grad`` does not keep what the user set, and BatchNorm moves in every forward.
+Rows and tables call it "as released". Its defects come with it, because they are what users run: the weights do not
+return exactly, one sample fewer than k is selected, ``requires_grad`` does not keep what the user set, and BatchNorm
+moves in every forward.
 """
 
 from __future__ import annotations

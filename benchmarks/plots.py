@@ -19,10 +19,10 @@ matplotlib.use("Agg")
 COLOURS = {
     OURS: "#c1440e",
     "ours, graphed": "#e8871e",
-    "published": "#4a5568",
-    "published, drawing": "#9aa3b2",
+    "as released": "#4a5568",
+    "as released + mask": "#9aa3b2",
     "foreach": "#6b8fb5",
-    "foreach, drawing": "#9fb8d1",
+    "foreach + mask": "#9fb8d1",
     "compile": "#2f6f73",
     "library": "#6b8fb5",
 }

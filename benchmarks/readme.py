@@ -3,7 +3,7 @@
 ``python -m benchmarks.readme`` writes the table of a suite between ``<!-- rows:cpu/perturb -->`` and ``<!-- /rows -->``
 (``rows:cpu/perturb ResNet-18`` takes the cases that hold that text): the rows of one device and number of threads,
 those that were measured last. A number elsewhere carries its row behind it,
-``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->``, and is rewritten with as many decimals as
+``5.2<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|as released|ratio -->``, and is rewritten with as many decimals as
 it has. ``<!-- study:cpu/digits_study -->`` to ``<!-- /study -->`` takes the accuracies of a training study, and
 ``<!-- study:cpu/ascent_study esam-previous -->`` the gains over SGD of one optimizer, radius by radius. The ``floor``
 blocks are those of :mod:`benchmarks.performance`, that of docs/ranking.md is the table of :mod:`benchmarks.agreement`,

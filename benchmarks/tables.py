@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from benchmarks.harness import OURS
 from benchmarks.rows import Row
 
-# What the rows call it, and what a reader understands.
-_WORDS = {", drawing": " + mask", "published": "as released", "kept heap": "memory kept"}
-
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """The rows of each (device, case), by implementation."""
@@ -25,13 +22,6 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def shown(name: str) -> str:
-    """An implementation or a case in words for readers. "published" is the way of the authors' released code."""
-    for short, words in _WORDS.items():
-        name = name.replace(short, words)
-    return name
-
-
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and lines. Ours first; each peer's time with how many times ours that is; our share of the copy bandwidth.
 
@@ -42,10 +32,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     units = {row["unit"] for row in rows}
     has_share = any("copy_share" in row for row in rows)
     unit = f" ({units.pop()})" if len(units) == 1 else ""
-    header = [f"case{unit}", *map(shown, names)] + (["of the copy bandwidth"] if has_share else [])
+    header = [f"case{unit}", *names] + (["of the copy bandwidth"] if has_share else [])
     lines = []
     for (_, case), found in cases.items():
-        line = [shown(case), *(_cell(found.get(name)) for name in names)]
+        line = [case, *(_cell(found.get(name)) for name in names)]
         if has_share:
             ours = found.get(OURS, {})
             line.append(f"{100 * ours['copy_share']:.0f} %" if "copy_share" in ours else "")

@@ -22,7 +22,7 @@ def cases(context: Context) -> Iterator[Case]:
     sizes = dataclasses.replace(context.sizes, parameters=first, compiles=False)
     for case in perturb.cases(dataclasses.replace(context, sizes=sizes)):
         if "stage" not in case.name:
-            yield _named(case, f"{case.name}, kept heap")
+            yield _named(case, f"{case.name}, memory kept")
 
 
 def _named(case: Case, name: str) -> Case:

@@ -136,7 +136,7 @@ def _selection(context: Context, shape: Shape, images: Shape) -> Case:
     def library(before: Tensor, logits: Tensor, target: Tensor, pixels: Tensor) -> Any:
         return peers.library_select(before, peers.library_cross_entropy(logits, target), k, pixels, target)
 
-    runs = _with_compiled(context, {"ours": ours, "published": published, "library": library}, library, 0)
+    runs = _with_compiled(context, {"ours": ours, "as released": published, "library": library}, library, 0)
     for name in context.other_backends():  # in one launch, where the backend has it
         runs[f"ours, {name}"] = lambda before, logits, target, pixels, name=name: ops.select_gather(
             before, logits, [pixels, target], k, target, backend=name
@@ -144,7 +144,7 @@ def _selection(context: Context, shape: Shape, images: Shape) -> Case:
     image = images[1] * images[2] * images[3]
     moved = 4 * (shape[0] * shape[1] + 2 * k * image)
     title = f"losses {_title(shape)} + selection + gather {_title(images)}"
-    return _case(context, title, buffers, runs, moved, seconds=4.0, not_capturable=("published",))
+    return _case(context, title, buffers, runs, moved, seconds=4.0, not_capturable=("as released",))
 
 
 def _select(context: Context, samples: int) -> Case:
@@ -170,7 +170,7 @@ def _gather(context: Context, images: Shape) -> Case:
     mask = torch.zeros(images[0], dtype=torch.bool, device=context.device).index_fill_(0, indices, True)
     runs: dict[str, Run] = {
         "ours": lambda pixels: gather(indices, pixels),
-        "published": lambda pixels: pixels[mask],
+        "as released": lambda pixels: pixels[mask],
         "library": lambda pixels: pixels.index_select(0, indices),
     }
     for name in context.other_backends():
@@ -180,4 +180,4 @@ def _gather(context: Context, images: Shape) -> Case:
     def buffers() -> tuple[Tensor, ...]:
         return (torch.randn(images, device=context.device),)
 
-    return _case(context, f"gather {_title(images)}", buffers, runs, moved, 2.0, not_capturable=("published",))
+    return _case(context, f"gather {_title(images)}", buffers, runs, moved, 2.0, not_capturable=("as released",))

@@ -37,11 +37,11 @@ SECONDS = 40.0  # of a run of five minutes, for all optimizers of one network
 OPTIMIZERS = (
     ("SGD", "SGD alone", "ESAM"),
     ("ESAM, ours", "ours", "ESAM"),
-    ("ESAM, published", "published", "ESAM"),
+    ("ESAM, as released", "as released", "ESAM"),
     ("SAM, ours", "ours", "SAM"),
-    ("SAM, published", "published", "SAM"),
+    ("SAM, as released", "as released", "SAM"),
     ("ESAM element, ours", "ours", "ESAM element"),
-    ("ESAM element, published", "published", "ESAM element"),
+    ("ESAM element, as released", "as released", "ESAM element"),
 )
 MIB = 1 << 20
 

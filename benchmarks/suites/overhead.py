@@ -66,7 +66,7 @@ def _measure(context: Context, title: str, shapes: list[Shape], mask: str, secon
     options = {"rho": RHO, "beta": BETA if mask == "element" else 1.0, "mask": mask, "backend": context.backend}
     ours = two_steps("ours", ESAM(weights, torch.optim.SGD, fused=True, **options, **SGD), weights)
     clock = host_clock if context.device.type == "cuda" else wall_clock
-    contenders = [ours, published("published", False), published("foreach", True), sgd()]
+    contenders = [ours, published("as released", False), published("foreach", True), sgd()]
     measurement = context.measure(contenders, seconds, with_copy=False, clock=clock)
     rows = of_measurement("overhead", title, measurement, context.device, unit="us", backend=context.backend_name())
     base = quantiles(measurement.times("SGD alone"))[1] * 1e6

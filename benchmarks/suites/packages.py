@@ -67,7 +67,7 @@ def cases(context: Context) -> Iterator[Case]:
         (
             f"{network} fp32 SAM(SGD), optimizer's part",
             optimizers_part,
-            (OURS, *names, "foreach", *compiled, "published", SGD_ALONE),
+            (OURS, *names, "foreach", *compiled, "as released", SGD_ALONE),
         ),
         (f"{network} b{context.sizes.batch} fp32 SAM(SGD), whole step", whole_step, (OURS, *names, SGD_ALONE)),
     )

@@ -149,15 +149,15 @@ class Lists:
         return Contender(INDUCTOR, [run], self.evict, self.bytes_of(NORM + PERTURB + RESTORE_SGD))
 
     def whole(self, mask: str, compiles: bool) -> list[Contender]:
-        """Ours and its peers. With the element mask "published" and "foreach" draw none: they do less."""
+        """Ours and its peers. With the element mask "as released" and "foreach" draw none: they do less."""
         if self.context.inductor == "only":
             return [self._ours(mask), self._compiled(BETA if mask == "element" else 1.0)]
         contenders = [self._ours(mask), self._published("foreach", True, 1.0)]
         if self.numel <= MANY:
-            contenders.append(self._published("published", False, 1.0))
+            contenders.append(self._published("as released", False, 1.0))
             if mask == "element":
-                contenders.append(self._published("published, drawing", False, BETA))
-                contenders.append(self._published("foreach, drawing", True, BETA))
+                contenders.append(self._published("as released + mask", False, BETA))
+                contenders.append(self._published("foreach + mask", True, BETA))
             if compiles:
                 contenders.append(self._compiled(BETA if mask == "element" else 1.0))
         return [*contenders, self._sgd()]
@@ -189,7 +189,7 @@ class Lists:
         return NORM, {
             "ours": lambda: ops.norm_partials(params, grads, groups, [False], 0.0, backend=backend),
             "foreach": lambda: peers.foreach_norm(params, grads),
-            "published": lambda: peers.loop_norm(params, grads),
+            "as released": lambda: peers.loop_norm(params, grads),
         }
 
     def _perturb(
@@ -210,7 +210,7 @@ class Lists:
                 params, grads, [], groups, offsets, partials, scale, [False], 0.0, 1.0, 1e-12, state, backend=backend
             ),
             "foreach": lambda: peers.foreach_perturb(extra, self.first, RHO, norm=norm),
-            "published": lambda: peers.loop_perturb(extra, self.first, RHO, norm=norm),
+            "as released": lambda: peers.loop_perturb(extra, self.first, RHO, norm=norm),
         }
 
     def _restore(self, params: list[Tensor], saved: list[Tensor], _: Any) -> tuple[int, dict[str, Callable[[], Any]]]:
@@ -243,5 +243,5 @@ class Lists:
                 params, saved, grads, buffers, False, lr, None, momentum, 0.0, decay, False, False, backend=backend
             ),
             "foreach": peer(peers.foreach_restore),
-            "published": peer(peers.loop_restore),
+            "as released": peer(peers.loop_restore),
         }

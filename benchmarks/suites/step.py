@@ -72,7 +72,7 @@ def contenders(context: Context, method: str, base: str, dtype: str) -> list[Con
     """
     images, target = batch(context)
     one_pass = METHODS[method][3] != "current"
-    names: tuple[str, ...] = ("ours", f"{base} alone") if one_pass else ("ours", "published", f"{base} alone")
+    names: tuple[str, ...] = ("ours", f"{base} alone") if one_pass else ("ours", "as released", f"{base} alone")
     if context.device.type == "cuda":
         names += ("ours, graphed",)
 
@@ -116,7 +116,7 @@ def training_step(context: Context, name: str, method: str, base: str, dtype: st
         if name.endswith("graphed"):
             return _captured(esam_kernels.make_graphed_step(ours, losses, *batch(context)), *batch(context))
         return lambda images, target: ours.step(losses, images, target)
-    if name == "published":
+    if name == "as released":
         by_tensor = mask == "tensor"
         published = peers.PublishedESAM(
             params,

@@ -30,10 +30,10 @@ ROWS = [
         **({"ratio": value / 10.0} if name != "ours" else {}),
     }
     for case in ("ResNet-18 fp32 tensor", "ResNet-50 fp32 tensor")
-    for name, value in (("ours", 10.0), ("published", 72.0))
+    for name, value in (("ours", 10.0), ("as released", 72.0))
 ]
 BLOCK = "<!-- rows:cpu/perturb ResNet-18 -->\n<!-- /rows -->\n"
-MARK = "takes 0.0<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio --> times as long"
+MARK = "takes 0.0<!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|as released|ratio --> times as long"
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def test_mark_is_rewritten_with_the_decimals_it_has(folder):
         ("<!-- rows:cpu/perturb -->\n| 1 |\n", "not closed"),
         ("<!-- rows:cpu/nothing -->\n<!-- /rows -->\n", "does not exist"),
         ("<!-- rows:cpu/perturb VGG -->\n<!-- /rows -->\n", "no rows"),
-        ("fast <!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|published|ratio -->", "does not follow a number"),
-        (MARK.replace("|published|", "|compile|"), "no number"),
+        ("fast <!-- row: cpu/perturb.json#ResNet-18 fp32 tensor|as released|ratio -->", "does not follow a number"),
+        (MARK.replace("|as released|", "|compile|"), "no number"),
         (MARK.replace("|ratio", "|torch"), "no number"),
     ],
 )

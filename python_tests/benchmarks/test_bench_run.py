@@ -37,7 +37,7 @@ def test_memory_is_measured_in_fresh_processes():
 
 
 def test_memory_suite_compares_with_sgd_in_both_kinds_of_heap(monkeypatch):
-    peaks = {"SGD alone": 100.0, "ours": 101.0, "published": 150.0}
+    peaks = {"SGD alone": 100.0, "ours": 101.0, "as released": 150.0}
     heaps = []
 
     def in_fresh_process(_, step, __, variables):
@@ -50,7 +50,7 @@ def test_memory_suite_compares_with_sgd_in_both_kinds_of_heap(monkeypatch):
     above: dict[str, set[float]] = {}
     for row in found:
         above.setdefault(row["implementation"], set()).add(row["above_sgd"])
-    assert (above["SGD"], above["ESAM, ours"], above["SAM, published"]) == ({0.0}, {1.0}, {50.0})
+    assert (above["SGD"], above["ESAM, ours"], above["SAM, as released"]) == ({0.0}, {1.0}, {50.0})
     assert heaps == [{}] * 7 + [{"MALLOC_MMAP_THRESHOLD_": "1048576"}] * 7
 
 
@@ -108,7 +108,7 @@ def test_the_published_way_is_asked_for_as_many_samples_as_ours(monkeypatch):
 
     monkeypatch.setattr(peers, "published_select", noting)
     context = Context(CPU, TINY)
-    step.training_step(context, "published", "ESAM", "SGD", "fp32")(*step.batch(context))
+    step.training_step(context, "as released", "ESAM", "SGD", "fp32")(*step.batch(context))
     assert len(chosen[0][0]) == 2  # half of four
 
 
@@ -178,18 +178,18 @@ def test_a_peer_that_fails_is_named_and_costs_its_own_number_only(tmp_path, monk
     build = step.training_step
 
     def training_step(context, name, *rest):
-        if name == "published":
+        if name == "as released":
             raise RuntimeError("cannot be made")
         return build(context, name, *rest)
 
     monkeypatch.setattr(step, "training_step", training_step)
     deadline = harness.time.monotonic() + 100
     ended = run.run_suite("step", Context(CPU, TINY), deadline, 0.001, "fp32 SAM(SGD)", tmp_path)
-    assert ended.failed == ["cnn b4 fp32 SAM(SGD): published"]
+    assert ended.failed == ["cnn b4 fp32 SAM(SGD): as released"]
     ours, alone = rows.load(tmp_path / "step.json")
-    assert ours["failed"] == {"published": "RuntimeError: cannot be made"}
+    assert ours["failed"] == {"as released": "RuntimeError: cannot be made"}
     assert (alone["implementation"], alone["ratio"] > 0) == ("SGD alone", True)
-    assert "FAILED, without a number: cnn b4 fp32 SAM(SGD): published" in capsys.readouterr().out
+    assert "FAILED, without a number: cnn b4 fp32 SAM(SGD): as released" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suite", [loss, perturb])
@@ -214,7 +214,7 @@ def test_peers_move_the_weights_as_ours_does():
     ends = []
     for make in (
         lambda: lists._ours("tensor"),
-        lambda: lists._published("published", False, 1.0),
+        lambda: lists._published("as released", False, 1.0),
         lambda: lists._published("foreach", True, 1.0),
     ):
         lists.generator.manual_seed(1)
