@@ -33,7 +33,9 @@ def build_base(
         return built, [{} for _ in built.param_groups]
     check_options(base)
     if kwargs:
-        raise TypeError(f"{', '.join(kwargs)}: the base optimizer is an instance already, its arguments are its own")
+        raise TypeError(
+            f"the base optimizer is an instance already: set {', '.join(kwargs)} where it is built, or pass its class"
+        )
     return base, _values_by_group(params, base)
 
 
@@ -66,12 +68,17 @@ def _values_by_group(params: Any, base: Optimizer) -> list[dict[str, Any]]:
     listed = [_tensors(group["params"]) for group in groups]
     held = [list(group["params"]) for group in base.param_groups]
     if {id(p) for group in listed for p in group} != {id(p) for group in held for p in group}:
-        raise ValueError("base_optimizer is over other parameters than params")
+        raise ValueError(
+            "base_optimizer holds other parameters than params: build it over the same ones, or pass its class"
+        )
     special = [{name: group[name] for name in ("rho", "adaptive") if name in group} for group in groups]
     if not any(special):
         return [{} for _ in held]
     if [[id(p) for p in group] for group in listed] != [[id(p) for p in group] for group in held]:
-        raise ValueError("params has rho or adaptive by group, but other groups than base_optimizer")
+        raise ValueError(
+            "params sets rho or adaptive by group, but its groups are not those of base_optimizer: build both over the "
+            "same groups, or pass the class of the base optimizer"
+        )
     return special
 
 

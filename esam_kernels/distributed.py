@@ -83,11 +83,11 @@ class Parallelism:
         if any(ddp.static_graph for ddp in self._data_parallel):
             raise ValueError(
                 "DistributedDataParallel with static_graph=True is not supported: the two passes of a step have "
-                "different graphs"
+                "different graphs. Leave static_graph out"
             )
         sharded: dict[int, Any] = {i: param for i, param in enumerate(params) if is_sharded(param)}
         if sharded and not self._is_given:
-            raise ValueError("the parameters are DTensors: give the model (model=...), so that it is resharded in time")
+            raise ValueError("the model is sharded (its parameters are DTensors): build the optimizer with model=model")
         managed = {id(param) for module in self._fully_sharded for param in module.parameters()}
         for i, param in sharded.items():
             if id(param) not in managed or _shard_dims(param) is None:

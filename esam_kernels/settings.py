@@ -41,8 +41,8 @@ class Settings:
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.gamma < 1.0 and self.ascent in ONE_PASS_ASCENTS:
             raise ValueError(
-                f"gamma must be 1 with this ascent, got {self.gamma}: choosing B+ takes the losses before and after "
-                "the perturbation, and a step with one pass sees only the latter"
+                f'gamma must be 1 with ascent="{self.ascent}", got {self.gamma}: such a step has one pass, and cannot '
+                "compare losses before and after the perturbation to choose samples. Pass gamma=1.0"
             )
         if self.sharpness_share < 1.0:
             self._check_sharpness_share()

@@ -94,7 +94,7 @@ class StochasticWeightPerturbation:
         """
         if not self.parameters.are_those_of(self.base.param_groups):
             raise RuntimeError(
-                "the parameters in the groups are others than at first_step: change them between steps, or call "
+                "the parameters in the groups have changed since first_step: change them between steps, or call "
                 "restore() first"
             )
 
@@ -224,7 +224,10 @@ class StochasticWeightPerturbation:
             return
         for i, grad in enumerate(grads):
             if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported")
+                raise RuntimeError(
+                    f"parameter {i} has a sparse gradient ({grad.layout}), which is not supported: leave out "
+                    "sparse=True, of nn.Embedding for example"
+                )
         if not may_lack and all(grad is None for grad in grads):
             raise RuntimeError("no parameter has a gradient: call backward before first_step")
 

@@ -142,18 +142,18 @@ class HeadRecorder:
         name = f"the head (Linear with {self.head.out_features} outputs)"
         if uses > 1:
             return (
-                f"{name} was used {uses} times in pass 1, and this ranking needs a layer that is used once: "
-                f"{_NAME_ONE}. If other losses are differentiated between the steps, start pass 1 with "
-                "optimizer.backward(loss)"
+                f"{name} was used {uses} times in the first pass, and this ranking needs a layer that is used once: "
+                f"{_NAME_ONE}. If other losses are differentiated between the steps, start the first pass "
+                "with optimizer.backward(loss)"
             )
         if self._saw_no_grad:
             return (
-                f"{name} was run without gradients in pass 1, and this ranking reads the gradient of its output: "
-                "do not put it under torch.no_grad(), and let a weight at or before it train"
+                f"{name} was run without gradients in the first pass, and this ranking reads the gradient of its "
+                "output: do not put it under torch.no_grad(), and let a weight at or before it train"
             )
         return (
-            f"{name} was not seen in pass 1. Either it has no part in the loss, or no weight at or before it was "
-            f"drawn: {_NAME_ONE}. Or the model was compiled and run before the optimizer was built: build the "
+            f"{name} was not seen in the first pass. Either it has no part in the loss, or no weight at or before it "
+            f"was drawn: {_NAME_ONE}. Or the model was compiled and run before the optimizer was built: build the "
             "optimizer first"
         )
 

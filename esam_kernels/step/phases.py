@@ -122,11 +122,12 @@ class Phases:
         self.require(perturbed=False, call="backward")
         if not perturbation.ascent.two_passes:
             raise RuntimeError(
-                "this ascent has one pass a step: first_step() before the forward, loss.backward(), second_step()"
+                f'ascent="{perturbation.settings.ascent}" has one pass a step: call first_step(), then the forward and '
+                "loss.backward(), then second_step()"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"backward takes the mean loss, one number, got {shape}")
+            raise ValueError(f"backward takes the mean loss, one number, got {shape}: call backward(losses.mean())")
         drawn = [perturbation.params[i] for i in perturbation.drawn()]
         trained = perturbation.trained()
         if not trained:
@@ -141,13 +142,16 @@ class Phases:
     def _backward_of_some(self, loss: Tensor, drawn: list[Tensor]) -> None:
         """The gradients of the parameters ``drawn``, and of no others."""
         if self.parallelism.synchronizes:
-            raise RuntimeError("the first pass, forward and backward, belongs inside model.no_sync()")
+            raise RuntimeError(
+                "the first pass, forward and backward, belongs inside model.no_sync(): it computes some of the "
+                "gradients, and DistributedDataParallel would wait for all of them"
+            )
         is_reentrant, hides_some = inspect_graph(loss, drawn, _REENTRANT)
         settings = self.perturbation.settings
         if is_reentrant and settings.mask == "tensor" and settings.beta < 1.0:
             raise RuntimeError(
                 "the forward uses torch.utils.checkpoint with use_reentrant=True, which can only compute the gradients "
-                "of all parameters, and SWP has drawn a part of them: checkpoint with use_reentrant=False, or build "
+                "of all parameters, and this step needs a part of them: checkpoint with use_reentrant=False, or build "
                 'the optimizer with mask="element" or beta=1'
             )
         if not (is_reentrant or hides_some):
@@ -211,7 +215,8 @@ class Phases:
         check_losses(loss_before, samples, "loss_before")
         if not self.ranking.needs_loss_after and loss_after is not None:
             raise ValueError(
-                f"ranking={self.perturbation.settings.ranking!r} needs no losses at w + e: give None as loss_after"
+                f"ranking={self.perturbation.settings.ranking!r} needs no losses at the perturbed weights: "
+                "give None as loss_after"
             )
         if self.ranking.needs_loss_after:
             check_losses(loss_after, samples, "loss_after")
@@ -236,8 +241,8 @@ class Phases:
         scores = self.ranking.scores(context)
         if scores.shape != losses.shape:
             raise ValueError(
-                f"the head saw {len(scores)} samples in pass 1, the batch has {len(losses)}: pass 1 has to see the "
-                "batch that select is given, and nothing else"
+                f"the head, the last linear layer, saw {len(scores)} samples in the first pass, the batch has "
+                f"{len(losses)}: the first pass has to see the batch that select is given, and nothing else"
             )
         self._head = None
         return scores

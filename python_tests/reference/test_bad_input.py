@@ -98,7 +98,7 @@ def test_a_base_optimizer_over_other_parameters_is_refused(over):
     }
     base = torch.optim.SGD(held[over], lr=0.1)
     oracles.assert_refused(
-        lambda: ESAM(params, base), ValueError, "base_optimizer is over other parameters than params", model
+        lambda: ESAM(params, base), ValueError, "base_optimizer holds other parameters than params", model
     )
 
 
@@ -107,7 +107,7 @@ def test_rho_by_group_over_a_base_optimizer_of_other_groups_is_refused():
     params = list(model.parameters())
     base = torch.optim.SGD(params, lr=0.1)
     groups = [{"params": params[:2], "rho": 0.1}, {"params": params[2:]}]
-    oracles.assert_refused(lambda: ESAM(groups, base), ValueError, "other groups than base_optimizer", model)
+    oracles.assert_refused(lambda: ESAM(groups, base), ValueError, "its groups are not those of base_optimizer", model)
     assert "rho" not in base.param_groups[0]
 
 

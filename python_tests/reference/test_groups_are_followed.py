@@ -248,7 +248,7 @@ def test_parameters_that_change_between_the_phases_are_refused_and_the_weights_c
     optimizer.first_step(zero_grad=True)
     loss_of(model).backward()
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(2))
-    with pytest.raises(RuntimeError, match="others than at first_step"):
+    with pytest.raises(RuntimeError, match="have changed since first_step"):
         getattr(optimizer, end)()
     optimizer.restore()
     assert oracles.same_bits(before, params)

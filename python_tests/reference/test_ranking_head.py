@@ -262,9 +262,9 @@ class WithoutGradients(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Twice, r"was used 2 times in pass 1.*head=model.fc"),
-        (Unused, r"was not seen in pass 1.*head=model.fc"),
-        (WithoutGradients, r"was run without gradients in pass 1.*torch.no_grad\(\)"),
+        (Twice, r"was used 2 times in the first pass.*head=model.fc"),
+        (Unused, r"was not seen in the first pass.*head=model.fc"),
+        (WithoutGradients, r"was run without gradients in the first pass.*torch.no_grad\(\)"),
     ],
 )
 @pytest.mark.parametrize("in_phases", [False, True])
@@ -301,5 +301,5 @@ def test_losses_of_another_batch_than_pass_1_saw_are_refused():
     losses = oracles.losses_of(model)
     optimizer.backward(losses(*oracles.batch()).mean())
     optimizer.first_step()
-    with pytest.raises(ValueError, match="the head saw 12 samples in pass 1, the batch has 10"):
+    with pytest.raises(ValueError, match="saw 12 samples in the first pass, the batch has 10"):
         optimizer.select(torch.zeros(10), None, torch.arange(10))
