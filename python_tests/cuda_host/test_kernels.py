@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cross_entropy_checks import OFFSETS, check_gradient_at_offset, check_zero_probability_at_a_masked_logit
+from walk_checks import check_perturb_walks_backwards_over_what_the_norm_has_read
 
 from esam_kernels import ESAM, backends, cross_entropy, ops
 from esam_kernels.backends import reference
@@ -62,6 +63,11 @@ def test_norm_of_many_tensors(backend, device, count):
 @pytest.mark.parametrize("count", checks.TENSOR_COUNTS)
 def test_perturbation_of_many_tensors(backend, device, count):
     checks.check_perturb_of_many(backend, device, count)
+
+
+@pytest.mark.parametrize("count", [10, 460], ids=["one table", "two tables"])
+def test_perturb_walks_backwards_over_what_the_norm_has_read(backend, count):
+    check_perturb_walks_backwards_over_what_the_norm_has_read(backend, count)
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 193, 449])

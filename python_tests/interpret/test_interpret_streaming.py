@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensors import FLOATS, assert_same_bits, assert_within_one_ulp, copies, like, parameters
+from walk_checks import check_perturb_walks_backwards_over_what_the_norm_has_read
 
 from esam_kernels.backends import reference
+from esam_kernels.backends.triton import blocks
 
 GROUPS = [0, 1, 1, 0, 0, 1, 0]
 # a counter's high word changes inside the first tensor; the others begin at arbitrary counters
@@ -62,6 +64,25 @@ def test_tables_follow_a_tensor_that_grows_in_place(kernels):
             rtol=1e-6,
             atol=0,
         )
+
+
+def test_perturb_walks_backwards_over_what_the_norm_has_read(kernels):
+    check_perturb_walks_backwards_over_what_the_norm_has_read(kernels, 10)
+
+
+def test_a_program_of_several_blocks_walks_forwards_in_the_norm_and_backwards_in_the_perturbation(kernels, monkeypatch):
+    """Told by what float32 rounds away (2^24 + 1 + 1), and by a backup that all blocks share."""
+    monkeypatch.setattr(blocks, "MAX_PROGRAMS", 1)
+    grads = [torch.zeros(2048) for _ in range(3)]
+    for grad, value in zip(grads, (4096.0, 1.0, 1.0)):
+        grad[0] = value
+    params = [torch.full((2048,), float(1 + i)) for i in range(3)]
+    partials = kernels.norm_partials(params, grads, [0] * 3, [False], 0.0)
+    assert partials[0] == 2.0**24
+    backup, scale = torch.empty(2048), torch.ones(1, dtype=torch.float64)
+    rest = ([0] * 3, [0, 2048, 4096], partials, scale, [False], 0.0, 1.0, 0.0, None)
+    kernels.perturb_(params, grads, [backup] * 3, *rest)
+    assert (backup == 1.0).all()
 
 
 def perturbed(backend, params, grads, adaptive, *, in_gradients, random_state, partials=None, eps=1e-12):
