@@ -36,7 +36,7 @@ from esam_kernels.hooks import run_step
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
 from esam_kernels.perturbation.fused_update import check_rates
-from esam_kernels.selection import batch_size
+from esam_kernels.selection import PASSED_THROUGH, batch_size
 from esam_kernels.tensor_lists import increment_version, mark_memory
 
 logger = logging.getLogger("esam_kernels")
@@ -286,7 +286,14 @@ class _GraphedStep(_EagerStep):
 
 def _layout(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten(batch)
-    return structure, tuple(_lie(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return structure, tuple(map(_layout_of, leaves))
+
+
+def _layout_of(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _lie(leaf)
+    # Arrays and the like are unlike any batch that can be captured: optimizer.step says what is wrong with them.
+    return leaf if isinstance(leaf, PASSED_THROUGH) else type(leaf)
 
 
 def _lie(tensor: Tensor) -> tuple[Any, ...]:

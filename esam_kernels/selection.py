@@ -17,7 +17,7 @@ __all__ = ["batch_size", "check_losses", "cross_entropy", "gather", "num_selecte
 _T = TypeVar("_T")
 _T1 = TypeVar("_T1")
 _T2 = TypeVar("_T2")
-_PASSED_THROUGH = (type(None), bool, int, float, str)
+PASSED_THROUGH = (type(None), bool, int, float, str)
 
 
 def cross_entropy(
@@ -321,10 +321,10 @@ def batch_size(batch: Any) -> int:
             if leaf.dim() == 0:
                 raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")
             sizes.append(leaf.shape[0])
-        elif not isinstance(leaf, _PASSED_THROUGH):
+        elif not isinstance(leaf, PASSED_THROUGH):
             raise TypeError(
-                f"the batch holds a {type(leaf).__name__}: give tensors, or dicts, lists and tuples of tensors "
-                "(a mapping of another type can be turned into a dict)"
+                f"the batch holds a {type(leaf).__name__}: give tensors, or dicts, lists and tuples of tensors. "
+                "torch.as_tensor makes a tensor of an array, dict(...) a dict of another mapping"
             )
     if not sizes:
         raise ValueError("the batch holds no tensors")

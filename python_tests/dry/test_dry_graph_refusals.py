@@ -125,6 +125,46 @@ def test_a_batch_elsewhere_is_refused(gpu):
         make_graphed_step(training.optimizer, training.losses, inputs, targets.to("meta"))
 
 
+def test_an_array_in_a_batch_is_refused_where_the_step_is_made_and_where_it_runs(gpu):
+    training = Training(CPU, "native", mask="element")
+    inputs, targets = batches(CPU, 1)[0]
+    message = "the batch holds a ndarray: give tensors, or .*torch.as_tensor makes a tensor of an array"
+    with nothing_changes(training), pytest.raises(TypeError, match=f"sample_batch cannot be used: {message}"):
+        make_graphed_step(training.optimizer, training.losses, inputs, targets.numpy())
+    step = make_graphed_step(training.optimizer, training.losses, inputs, targets)
+    for runs in range(WARMUP_STEPS + 1):
+        with nothing_changes(training), pytest.raises(TypeError, match=message):
+            step(inputs, targets.numpy())
+        step(inputs, targets)
+        assert gpu.replays == (runs == WARMUP_STEPS)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.0])
+def test_an_update_that_comes_to_be_impossible_inside_a_step_is_refused_and_its_rate_is_not_frozen(gpu, rho):
+    """The closure adds a hook, after the optimizer has been looked at."""
+    training = Training(CPU, "native", mask="element", rho=rho)
+    base, handles = training.optimizer.base_optimizer, []
+
+    def losses(inputs, targets):
+        handles.append(base.register_step_pre_hook(lambda *_: None))
+        return training.losses(inputs, targets)
+
+    given = batches(CPU, 1)[0]
+    step = make_graphed_step(training.optimizer, losses, *given)
+    message = (
+        "the update of SGD cannot be captured, since its learning rate would be frozen in the CUDA graph: there are "
+        "step hooks on the base optimizer.* Call optimizer.step in place of the graphed step"
+    )
+    before = training.weights()
+    with pytest.raises(RuntimeError, match=message):
+        step(*given)
+    assert all(map(torch.equal, before, training.weights()))
+    assert not training.optimizer.state
+    for handle in handles:
+        handle.remove()
+    training.step(given)
+
+
 def test_perturbed_weights_are_refused(gpu):
     training = Training(CPU, "native", mask="element")
     given = batches(CPU, 1)[0]
