@@ -14,14 +14,12 @@ from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.gpu.journal import Entry, read
-from benchmarks.gpu.stages import STAGES, journals
+from benchmarks.gpu.stages import BACKEND, STAGES, journals
 from benchmarks.rows import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "gpu.md"
 NOTHING = "Nothing: no stage of `make gpu` has been executed on a card, and no row was measured on one."
 NOT_RUN = "compiled, not run"
-# The backend in the name of a test, behind the other parameters or before them.
-BACKEND = re.compile(r"[\[-](triton|cuda)\b")
 OUTCOMES = ("passed", "failed", "skipped")
 SHOWN_FAILURES = 20
 

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.gpu.journal import Entry, Journal
 from benchmarks.gpu.junit import write_xml
 from benchmarks.gpu.session import UNFINISHED, environment
+from benchmarks.gpu.stages import BACKEND
 from benchmarks.rows import ROOT, commit
 
 COLLECT_SECONDS = 120.0
@@ -185,7 +186,23 @@ class Pool:
         print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f", {left} left", flush=True)
         if left:
             return UNFINISHED
-        return 1 if counts["failed"] or found["errors"] or not counts["passed"] else 0
+        absent = _backends_without_a_test([entries[test] for test in found["ids"]])
+        for backend, reason in absent.items():
+            print(f"NOT RUN the backend {backend}: {reason}", flush=True)
+        return 1 if counts["failed"] or found["errors"] or not counts["passed"] or absent else 0
+
+
+def _backends_without_a_test(entries: Sequence[Entry]) -> dict[str, str]:
+    """The backends of which all tests were skipped, each with the reason of the first one."""
+    of_backend: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if (named := BACKEND.search(entry["name"])) is not None:
+            of_backend.setdefault(named[1], []).append(entry)
+    return {
+        backend: tests[0]["text"]
+        for backend, tests in of_backend.items()
+        if all(entry["outcome"] == "skipped" for entry in tests)
+    }
 
 
 def _line(entry: Entry) -> str:

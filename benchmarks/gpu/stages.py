@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ TESTS = ROOT / "python_tests" / "gpu"
 ENDING_SECONDS = 10.0
 # A context of CUDA takes some 500 MB of the device's memory, and as much of the host's.
 MOST_WORKERS = 8
+
+
+# The backend in the name of a test, behind the other parameters or before them.
+BACKEND = re.compile(r"[\[-](triton|cuda)\b")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,33 @@ def test_a_worker_that_dies_or_meets_a_sticky_error_costs_one_test(run, tmp_path
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("9", "4", "1")
 
 
+def test_a_backend_of_which_no_test_ran_is_a_failure_with_its_reason(run):
+    source = """
+import pytest
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernel(backend, dtype):
+    if backend == {!r} or dtype == "float16":
+        pytest.skip("it is not built")
+"""
+    code, _, printed = run(source.format("cuda"))
+    assert code == 1
+    assert "1 passed, 0 failed, 3 skipped, 0 left\nNOT RUN the backend cuda: Skipped: it is not built\n" in printed
+
+
+def test_a_backend_that_ran_in_one_test_is_no_failure(run):
+    source = """
+import pytest
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_kernel(backend, number):
+    if number:
+        pytest.skip("not for this number")
+"""
+    code, _, printed = run(source)
+    assert (code, "NOT RUN" in printed) == (0, False)
+
+
 def test_the_sticky_process_is_not_used_again(run):
     source = """
 import os
@@ -112,7 +139,7 @@ def test_long():
     if not (here / "second").exists():
         time.sleep(60)
 """
-    code, entries, printed = run(source, seconds=2.5)
+    code, entries, printed = run(source, seconds=6.0)
     assert code == UNFINISHED
     assert list(entries) == ["test_first"]
     assert "CUT OFF test_stand_in.py::test_long" in printed
