@@ -48,7 +48,7 @@ class ESAM(Optimizer):
 
     The defaults are the paper's. Where labels are wrong they can end below the base optimizer, because B+ then holds
     the wrong labels: begin with gamma = 1 (:class:`esam_kernels.schedules.LinearSchedule`), or choose no data and make
-    pass 2 cheaper in another way, ``gamma=1.0, sharpness_share=0.25``.
+    pass 1 cheaper instead, ``gamma=1.0, ascent_share=0.25``.
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer; ``rho`` and ``adaptive`` may differ
@@ -75,11 +75,10 @@ class ESAM(Optimizer):
             with two passes a step. "previous" takes the gradient of the step before, and "momentum" goes against the
             base optimizer's momentum: one pass a step. They do not measure how losses rise, so gamma must be 1. Their
             first step has no history and is the base optimizer's. See :mod:`esam_kernels.perturbation.ascent`.
-        sharpness_share: share of the batch on which ``step`` measures sharpness, in (0, 1]. SAM's gradient is
-            grad L_B(w) + (grad L_B(w + e) - grad L_B(w)): at 0.25 the part in brackets, which needs pass 2, is measured
-            on the first quarter of the (shuffled) batch only, and the rest of the batch counts with its gradient at w.
-            That costs 1.25 steps of the base optimizer, where SAM costs 2. Below 1 it needs gamma = 1 and
-            ascent="current".
+        ascent_share: share of the batch that pass 1 uses, in (0, 1]. At 0.25 ``step`` finds e on the first quarter of
+            the batch (which has to be shuffled, as a ``DataLoader`` with ``shuffle=True`` does), and pass 2 takes the
+            whole batch. With beta = 1 that costs 1.25 steps of the base optimizer, where SAM costs 2. Below 1 it needs
+            gamma = 1 and ascent="current". In a loop of your own, give ``backward`` the loss of that part.
         seed: of the draws. The same seed draws the same on every device and backend.
         model: the model that is trained. If it is given, its BatchNorm statistics move in the first forward of a step
             only. A model that is wrapped in DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as
@@ -91,7 +90,7 @@ class ESAM(Optimizer):
         flatten: move the parameters into flat buffers; None: where they are plain dense tensors on one device.
         base_kwargs: what ``base_optimizer`` takes beside the parameters.
 
-    ``beta``, ``gamma``, ``sharpness_share`` and each group's ``rho`` may be set between steps. ``replay_noise`` (True)
+    ``beta``, ``gamma``, ``ascent_share`` and each group's ``rho`` may be set between steps. ``replay_noise`` (True)
     makes ``step`` repeat the first forward's random numbers in the forward that measures the rise of the losses.
 
     Raises:
@@ -124,7 +123,7 @@ class ESAM(Optimizer):
         eps: float = 1e-12,
         seed: int = 0,
         ascent: str = "current",
-        sharpness_share: float = 1.0,
+        ascent_share: float = 1.0,
         model: nn.Module | None = None,
         backend: str | None = None,
         flatten: bool | None = None,
@@ -140,7 +139,7 @@ class ESAM(Optimizer):
             eps=eps,
             seed=seed,
             ascent=ascent,
-            sharpness_share=sharpness_share,
+            ascent_share=ascent_share,
             ranking=ranking,
         )
         if not (flatten is None or isinstance(flatten, bool)):
@@ -201,13 +200,13 @@ class ESAM(Optimizer):
         self._perturbation.settings = replace(self._perturbation.settings, gamma=value)
 
     @property
-    def sharpness_share(self) -> float:
-        """Share of the batch on which ``step`` measures sharpness; may be set between steps."""
-        return self._perturbation.settings.sharpness_share
+    def ascent_share(self) -> float:
+        """Share of the batch that pass 1 of ``step`` uses; may be set between steps."""
+        return self._perturbation.settings.ascent_share
 
-    @sharpness_share.setter
-    def sharpness_share(self, value: float) -> None:
-        self._perturbation.settings = replace(self._perturbation.settings, sharpness_share=value)
+    @ascent_share.setter
+    def ascent_share(self, value: float) -> None:
+        self._perturbation.settings = replace(self._perturbation.settings, ascent_share=value)
 
     @property
     def replay_noise(self) -> bool:
@@ -582,9 +581,9 @@ class ESAM(Optimizer):
 
         Returns:
             The mean loss at w, detached, and what else the closure returned for it, (loss, rest), if it returned more
-            (with ``micro_batch``, or ``sharpness_share`` below 1: a list of one for each part of the batch). With
-            another ascent than "current" both are those of the only pass, at w + e. For ``step(closure)`` what the
-            closure returned first.
+            (with ``micro_batch``: a list of one for each part). Where no pass at w sees the whole batch (ascent_share
+            below 1, or another ascent than "current"), both are those of the pass at w + e. For ``step(closure)`` what
+            the closure returned first.
 
         Raises:
             RuntimeError: no closure, or within another step.

@@ -1,4 +1,4 @@
-"""Schedulers for rho, beta, gamma and sharpness_share. They are used as those of ``torch.optim.lr_scheduler`` are.
+"""Schedulers for rho, beta, gamma and ascent_share. They are used as those of ``torch.optim.lr_scheduler`` are.
 
 >>> gamma = LinearSchedule(optimizer, "gamma", start=1.0, end=0.5, total_iters=100)
 >>> for inputs, targets in loader:
@@ -23,7 +23,7 @@ from esam_kernels.settings import check_rho, check_share
 
 __all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "PhaseSchedule", "RhoProportionalToLR", "Schedule"]
 
-_NAMES = ("rho", "beta", "gamma", "sharpness_share")
+_NAMES = ("rho", "beta", "gamma", "ascent_share")
 
 
 class Schedule:
@@ -31,7 +31,7 @@ class Schedule:
 
     Args:
         optimizer: whose hyperparameter it is.
-        name: "rho" (of every group, except those whose own is 0, as above), "beta", "gamma" or "sharpness_share".
+        name: "rho" (of every group, except those whose own is 0, as above), "beta", "gamma" or "ascent_share".
 
     Raises:
         TypeError: ``optimizer`` is no ESAM or SAM.

@@ -345,8 +345,8 @@ def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
     return losses, rest
 
 
-def num_first(share: float, samples: int) -> int:
-    """How many samples a share of the batch is: round(share b), but at least 2, which BatchNorm needs to normalize."""
+def num_ascent(share: float, samples: int) -> int:
+    """How many samples pass 1 takes: round(share b), but at least 2, which BatchNorm needs to normalize."""
     return min(samples, max(2, round(share * samples)))
 
 

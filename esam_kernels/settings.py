@@ -31,32 +31,32 @@ class Settings:
     eps: float = 1e-12
     seed: int = 0
     ascent: str = "current"
-    sharpness_share: float = 1.0
+    ascent_share: float = 1.0
     ranking: str | Callable[..., Any] = "rise"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             check(field.name, getattr(self, field.name))
-        for name in ("beta", "gamma", "sharpness_share", "eta", "eps"):
+        for name in ("beta", "gamma", "ascent_share", "eta", "eps"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.gamma < 1.0 and self.ascent in ONE_PASS_ASCENTS:
             raise ValueError(
                 f'gamma must be 1 with ascent="{self.ascent}", got {self.gamma}: such a step has one pass, and cannot '
                 "compare losses before and after the perturbation to choose samples. Pass gamma=1.0"
             )
-        if self.sharpness_share < 1.0:
-            self._check_sharpness_share()
+        if self.ascent_share < 1.0:
+            self._check_ascent_share()
 
-    def _check_sharpness_share(self) -> None:
+    def _check_ascent_share(self) -> None:
         if self.ascent in ONE_PASS_ASCENTS:
             raise ValueError(
-                f'sharpness_share must be 1 with ascent="{self.ascent}", got {self.sharpness_share}: it makes the '
-                "second pass cheaper, and a step with this ascent has one pass"
+                f'ascent_share must be 1 with ascent="{self.ascent}", got {self.ascent_share}: it is the share of the '
+                "batch in pass 1, and this ascent has no pass 1"
             )
         if self.gamma < 1.0:
             raise ValueError(
-                f"sharpness_share < 1 needs gamma = 1, got sharpness_share={self.sharpness_share} and "
-                f"gamma={self.gamma}: both say which part of the batch the second pass takes"
+                f"ascent_share < 1 needs gamma = 1, got ascent_share={self.ascent_share} and gamma={self.gamma}: B+ is "
+                "chosen by the losses of the whole batch, and pass 1 would see only a part of it"
             )
 
 
@@ -66,7 +66,7 @@ def check(name: str, value: Any) -> None:
     Raises:
         ValueError: with the name, what is allowed, and the value.
     """
-    if name in ("beta", "gamma", "sharpness_share"):
+    if name in ("beta", "gamma", "ascent_share"):
         check_share(name, value)
     elif name in _CHOICES:
         if value not in _CHOICES[name]:

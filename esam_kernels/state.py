@@ -18,7 +18,7 @@ from esam_kernels.perturbation.swp import StochasticWeightPerturbation
 from esam_kernels.settings import Settings, check
 
 VERSION = 3
-"""1, which is not written down, had no ``version``, ``ascent`` and ``ranking``; 2 had no ``sharpness_share``."""
+"""1, which is not written down, had neither ``version`` nor ``ascent`` nor ``ranking``; 2 had no ``ascent_share``."""
 
 _SETTINGS = tuple(field.name for field in fields(Settings))
 # These are chosen when an optimizer is built, not taken from a checkpoint.

@@ -27,9 +27,9 @@ from trainer import (
     DEFAULT_RHO_ASAM,
     ONE_PASS,
     OPTIMIZERS,
-    PARTLY_SHARP,
     PERTURBED,
     RANKED,
+    SHORT_ASCENT,
     Trainer,
     gamma_of,
 )
@@ -107,10 +107,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--gamma", type=float, help="ESAM: share of the batch in pass 2 (default 0.5; one pass: always 1)"
     )
     training.add_argument(
-        "--sharpness-share",
+        "--ascent-share",
         type=float,
         default=1.0,
-        help="esam, esam-swp: share of the batch on which sharpness is measured (default 1); below 1 gamma is 1",
+        help="esam, esam-swp: share of the batch in pass 1 (default 1); below 1 pass 2 takes the whole batch (gamma 1)",
     )
     training.add_argument(
         "--gamma-warmup", type=share, default=0.5, help="share of the steps over which gamma falls from 1 (default 0.5)"
@@ -155,10 +155,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         if options.ranking != RECIPES.get(options.recipe, {}).get("ranking"):  # else nobody has asked for it
             parser.error(f"--ranking is for --optimizer {' or '.join(sorted(RANKED))}")
         options.ranking = "rise"
-    if options.sharpness_share != 1.0 and not set(options.optimizer) & PARTLY_SHARP:
-        if options.sharpness_share != RECIPES.get(options.recipe, {}).get("sharpness_share"):
-            parser.error(f"--sharpness-share is for --optimizer {' or '.join(sorted(PARTLY_SHARP))}")
-        options.sharpness_share = 1.0
+    if options.ascent_share != 1.0 and not set(options.optimizer) & SHORT_ASCENT:
+        if options.ascent_share != RECIPES.get(options.recipe, {}).get("ascent_share"):
+            parser.error(f"--ascent-share is for --optimizer {' or '.join(sorted(SHORT_ASCENT))}")
+        options.ascent_share = 1.0
     if options.lr_warmup >= options.epochs:
         parser.error(f"--lr-warmup {options.lr_warmup:g} leaves nothing of {options.epochs} epochs")
     if options.label_noise is None:

@@ -24,8 +24,8 @@ ONE_PASS = {"esam-previous": "previous", "esam-momentum": "momentum"}
 OPTIMIZERS = ("sgd", "sam", "asam", "esam", "esam-swp", "esam-sds", *ONE_PASS)
 # Those that choose B+.
 RANKED = {"esam", "esam-sds"}
-# Those that can measure sharpness on a part of the batch.
-PARTLY_SHARP = {"esam", "esam-swp"}
+# Those that can take a part of the batch in pass 1.
+SHORT_ASCENT = {"esam", "esam-swp"}
 PERTURBED = ("all", "normalization")
 # The radii of the papers: Foret et al. (2021) for SAM, Kwon et al. (2021) for ASAM.
 DEFAULT_RHO = DEFAULT_RHOS["current"]
@@ -57,7 +57,7 @@ def build_optimizer(name: str, model: torch.nn.Module, options: argparse.Namespa
         gamma=gamma_of(name, options),
         mask=options.mask,
         ascent=ONE_PASS.get(name, "current"),
-        sharpness_share=options.sharpness_share if name in PARTLY_SHARP else 1.0,
+        ascent_share=options.ascent_share if name in SHORT_ASCENT else 1.0,
         model=model,
         **sgd,
     )
@@ -76,9 +76,9 @@ def beta_of(name: str, options: argparse.Namespace) -> float:
 
 
 def gamma_of(name: str, options: argparse.Namespace) -> float:
-    """Selecting data takes two passes, and no other way to shorten the second."""
+    """Selecting data takes two passes, and the whole batch in the first."""
     if name in RANKED:
-        default = DEFAULT_GAMMA if options.sharpness_share == 1.0 or name not in PARTLY_SHARP else 1.0
+        default = DEFAULT_GAMMA if options.ascent_share == 1.0 or name not in SHORT_ASCENT else 1.0
         return default if options.gamma is None else options.gamma
     return 1.0
 

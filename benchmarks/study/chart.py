@@ -19,7 +19,7 @@ COLUMNS = 3
 # By what is perturbed: marker and the word in the legend.
 MARKERS = {"sgd": "*", "whole": "o", "normalization": "s", "momentum": "^"}
 # The modes that the eye should find first: what is compared with, and what the README names first.
-STRONG = {"sgd": "black", "sam": "black", "sharp-quarter": "crimson"}
+STRONG = {"sgd": "black", "sam": "black", "sam-quarter": "crimson"}
 
 
 def kind(mode: Mode) -> str:

@@ -33,8 +33,8 @@ class Mode:
     """The share of the training in which gamma falls from 1."""
     start: float | None = None
     """The share of the training after which rho is above 0."""
-    first_share: float = 1.0
-    """The share of the batch on which pass 1 finds the perturbation; pass 2 then takes the whole batch."""
+    sharpness_share: float = 1.0
+    """The share of the batch on which the part of the gradient that rho adds is measured; see ``training.step``."""
 
     @property
     def chooses_data(self) -> bool:
@@ -139,27 +139,22 @@ MODES: tuple[Mode, ...] = (
         _half(ranking="random"),
         only_normalization=True,
     ),
-    Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", QUARTER_RADII, first_share=0.25),
-    Mode("sam-three-eighths", "SAM, pass 1 on three eighths of the batch", QUARTER_RADII, first_share=0.375),
+    Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", QUARTER_RADII, {"ascent_share": 0.25}),
+    Mode("sam-three-eighths", "SAM, pass 1 on three eighths of the batch", QUARTER_RADII, {"ascent_share": 0.375}),
     Mode(
         "norm-quarter",
         "normalization only, pass 1 on a quarter of the batch",
         NORMALIZATION_RADII,
+        {"ascent_share": 0.25},
         only_normalization=True,
-        first_share=0.25,
     ),
-    Mode("sharp-quarter", "SAM, sharpness of a quarter of the batch", RADII, {"sharpness_share": 0.25}),
-    Mode(
-        "sharp-three-eighths",
-        "SAM, sharpness of three eighths of the batch",
-        RADII,
-        {"sharpness_share": 0.375},
-    ),
+    Mode("sharp-quarter", "SAM, sharpness of a quarter of the batch", RADII, sharpness_share=0.25),
+    Mode("sharp-three-eighths", "SAM, sharpness of three eighths of the batch", RADII, sharpness_share=0.375),
     Mode(
         "norm-sharp-quarter",
         "normalization only, sharpness of a quarter of the batch",
         NORMALIZATION_RADII,
-        {"sharpness_share": 0.25},
+        sharpness_share=0.25,
         only_normalization=True,
     ),
     Mode("sam-last", "SAM in the last 30 %", RADII, start=0.7),

@@ -20,13 +20,13 @@ PAGE = Path("docs") / "study.md"
 PAGES = (PAGE, Path("docs") / "which_mode.md", Path("README.md"))
 CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
 # The mode that README and site name first.
-RECOMMENDED = "sharp-quarter"
-RECOMMENDED_CODE = "SAM(..., sharpness_share=0.25)"
+RECOMMENDED = "sam-quarter"
+RECOMMENDED_CODE = "SAM(..., ascent_share=0.25)"
 # What README's table shows, and what it calls it.
 SHORT = {
     "sgd": "SGD",
     "sam": "SAM",
-    "sharp-quarter": "`sharpness_share=0.25`",
+    "sam-quarter": "`ascent_share=0.25`",
     "first-order": '`ranking="first_order"`',
     "random": '`ranking="random"`',
 }

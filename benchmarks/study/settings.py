@@ -98,7 +98,7 @@ _CIFAR = Setting(
     networks.small_resnet,
     0.0,
     epochs=60,
-    search=Search((0.05, 0.1), (64, 128), combinations=1, rounds=()),
+    search=Search((0.05, 0.1), (64,), combinations=1, rounds=()),
     seeds=3,
     bfloat16=True,
 )
@@ -107,7 +107,7 @@ _CIFAR_PLAIN = replace(
     name="cifar10-plain",
     title="CIFAR-10 (JPEG), 10,000 images, network without normalization",
     network=networks.plain_cnn,
-    search=Search((0.01, 0.03), (64, 128), combinations=1, rounds=()),
+    search=Search((0.02, 0.05), (64,), combinations=1, rounds=()),
     without=_MLP.without,
 )
 

@@ -85,8 +85,8 @@ def train(
         for chosen in torch.randperm(len(labels), generator=order).split(trial.batch_size):
             if len(chosen) < trial.batch_size:
                 break
-            cost += cost_of(optimizer, mode.first_share)
-            step(optimizer, losses, (inputs[chosen], labels[chosen], wrong[chosen]), mode.first_share)
+            cost += cost_of(optimizer, mode.sharpness_share)
+            step(optimizer, losses, (inputs[chosen], labels[chosen], wrong[chosen]), mode.sharpness_share)
             rates.step()
             for schedule in schedules:
                 schedule.step()
@@ -98,24 +98,35 @@ def train(
     return Outcome(*accuracies, cost=cost / steps, seconds=round(seconds, 2), wrong_in_selection=chosen_wrong)
 
 
-def cost_of(optimizer: torch.optim.Optimizer, first_share: float = 1.0) -> float:
-    """The counted cost of the next step, in units of SGD's: pass 2 is 1 where it takes the whole batch."""
+def cost_of(optimizer: torch.optim.Optimizer, sharpness_share: float = 1.0) -> float:
+    """The counted cost of the next step, in units of SGD's: pass 1 is 1 where it takes the whole batch."""
     whole = optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
-    return whole if first_share == 1.0 else 1.0 + first_share * (whole - 1.0)
+    return 1.0 + sharpness_share * (whole - 1.0)
 
 
 def step(
-    optimizer: torch.optim.Optimizer, losses: Callable[..., Tensor], batch: tuple[Tensor, ...], first_share: float = 1.0
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[..., Tensor],
+    batch: tuple[Tensor, ...],
+    sharpness_share: float = 1.0,
 ) -> None:
     """One step of ESAM, or of the plain base optimizer, on the tensors that ``losses`` takes.
 
-    With a ``first_share`` below 1, pass 1 takes only the first samples of the (shuffled) batch, and pass 2 all.
+    With a ``sharpness_share`` below 1 the update follows grad L_B(w) + grad L_Q(w + e) - grad L_Q(w), where B is the
+    batch, Q its first samples, and e the perturbation of Q: SAM's gradient, with a control variate.
     """
-    if isinstance(optimizer, ESAM) and first_share < 1.0:
-        few = max(1, round(first_share * len(batch[0])))
-        optimizer.backward(losses(*(part[:few] for part in batch)).mean())
+    if isinstance(optimizer, ESAM) and sharpness_share < 1.0:
+        few, params = max(2, round(sharpness_share * len(batch[0]))), optimizer.param_groups[0]["params"]
+        first, others = tuple(part[:few] for part in batch), tuple(part[few:] for part in batch)
+        weight = len(others[0]) / len(batch[0])
+        (weight * losses(*others).mean()).backward()
+        rest = [param.grad for param in params]
+        optimizer.zero_grad()
+        optimizer.backward(losses(*first).mean())
+        torch._foreach_add_(rest, [param.grad for param in params], alpha=-weight)
         optimizer.first_step(zero_grad=True)
-        losses(*batch).mean().backward()
+        losses(*first).mean().backward()
+        torch._foreach_add_([param.grad for param in params], rest)
         optimizer.second_step(zero_grad=True)
         return
     if isinstance(optimizer, ESAM):

@@ -45,7 +45,7 @@ class Mode:
 
 _SAM = Mode({"beta": 1.0, "gamma": 1.0})
 MODES = {
-    "sharpness_share=0.25": Mode({"beta": 1.0, "gamma": 1.0, "sharpness_share": 0.25}),
+    "ascent_share=0.25": Mode({"beta": 1.0, "gamma": 1.0, "ascent_share": 0.25}),
     "first_order": Mode({"beta": BETA, "gamma": GAMMA, "ranking": "first_order"}),
     "normalization, first_order": Mode(
         {"beta": 1.0, "gamma": GAMMA, "ranking": "first_order"}, only_normalization=True
@@ -58,7 +58,7 @@ MODES = {
 }
 # The larger batch for the modes that have to keep a promise of speed.
 LARGER_BATCH = 4
-OF_LARGER_BATCH = ("sharpness_share=0.25", "first_order", "normalization, first_order")
+OF_LARGER_BATCH = ("ascent_share=0.25", "first_order", "normalization, first_order")
 
 
 def cases(context: Context) -> Iterator[Case]:

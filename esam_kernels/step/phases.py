@@ -116,8 +116,8 @@ class Phases:
         if self._recorder is not None:
             self._recorder.forget_parameters()
 
-    def backward(self, loss: Tensor, of_all: bool = False) -> None:
-        """Pass 1: the gradients of the parameters that are drawn, or ``of_all`` that train."""
+    def backward(self, loss: Tensor) -> None:
+        """Pass 1: the gradients of the parameters that are drawn."""
         perturbation = self.perturbation
         self.require(perturbed=False, call="backward")
         if not perturbation.ascent.two_passes:
@@ -133,7 +133,7 @@ class Phases:
         if not trained:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
         with self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext():
-            if of_all or perturbation.parameters.is_sharded or len(drawn) == len(trained):
+            if perturbation.parameters.is_sharded or len(drawn) == len(trained):
                 loss.backward()
             elif drawn:
                 self._backward_of_some(loss, drawn)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esam_kernels.selection import batch_size, losses_and_rest, num_first, num_selected, samples_between
+from esam_kernels.selection import batch_size, losses_and_rest, num_ascent, num_selected, samples_between
 from esam_kernels.step.grad_scaler import nan_unless_finite, scaled
 from esam_kernels.step.phases import Phases
 from esam_kernels.tensor_lists import drop_gradients, gradients
@@ -22,7 +22,7 @@ from esam_kernels.tensor_lists import drop_gradients, gradients
 Losses = Callable[..., Any]
 Parts = list[tuple[Any, ...]]
 Results = list[tuple[Tensor, Any]]
-"""For each part of the batch its mean loss at w, detached, and what else the closure returned."""
+"""For each part of the batch its mean loss, detached, and what else the closure returned, both of one pass."""
 
 _BASE_FORWARDS = 3.0
 
@@ -41,9 +41,7 @@ def choose(phases: Phases) -> Plan:
     """The plan of the next step at the present settings."""
     if not phases.perturbs:
         return BaseStep()
-    if not phases.perturbation.ascent.two_passes:
-        return OnePass()
-    return SharpnessOfAPart() if phases.perturbation.settings.sharpness_share < 1.0 else TwoPasses()
+    return TwoPasses() if phases.perturbation.ascent.two_passes else OnePass()
 
 
 def relative_cost(phases: Phases) -> float:
@@ -108,13 +106,13 @@ class TwoPasses:
     """Algorithm 1: the gradient at w, the perturbation, the choice of B+, and the gradient of B+ at w + e."""
 
     def forwards(self, phases: Phases) -> float:
-        """Pass 1 with the weight gradients of what is drawn, the forward at w + e that ranks, and pass 2 over B+."""
+        """Pass 1 on its share of the batch, for what is drawn; the forward at w + e that ranks; pass 2 over B+."""
         perturbation, settings = phases.perturbation, phases.perturbation.settings
         trained = sum(perturbation.params[i].numel() for i in perturbation.trained())
         candidates = sum(perturbation.params[i].numel() for i in perturbation.candidates())
         drawn = candidates / max(1, trained) * (settings.beta if settings.mask == "tensor" else 1.0)
         ranking = 1.0 if settings.gamma < 1.0 and phases.ranking.needs_loss_after else 0.0
-        return 2.0 + drawn + ranking + _BASE_FORWARDS * settings.gamma
+        return settings.ascent_share * (2.0 + drawn) + ranking + _BASE_FORWARDS * settings.gamma
 
     def run(self, phases: Phases, losses: Losses, parts: Parts, scaler: torch.amp.GradScaler | None) -> Results:
         """Each part from the clean weights, with a perturbation and a B+ of its own; w is left at the last one's w + e.
@@ -139,9 +137,11 @@ class TwoPasses:
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
         noise = phases.noise() if phases.ranking.needs_loss_after else None
+        first = num_ascent(phases.perturbation.settings.ascent_share, samples)
 
         with alone():
-            loss_before, rest = losses_and_rest(losses(*batch), samples)
+            ascent_batch = batch if first == samples else samples_between(batch, 0, first)
+            loss_before, rest = losses_and_rest(losses(*ascent_batch), first)
             drop_gradients(phases.perturbation.params)  # those of an attack inside the closure
             loss = loss_before.mean()
             phases.backward(scaled(loss, scaler))
@@ -158,77 +158,17 @@ class TwoPasses:
             batch = chosen if len(batch) > 1 else (chosen,)
 
         with part.synchronized(phases):
-            loss_selected, _ = losses_and_rest(losses(*batch), k)
+            loss_selected, rest_selected = losses_and_rest(losses(*batch), k)
             _hand_over(part.summed, phases.perturbation.params)
             loss_selected = loss_selected.mean()
+            if first < samples:  # only pass 2 has seen the whole batch
+                loss, rest = loss_selected, rest_selected
             if k != part.selected_in_all:
                 loss_selected = loss_selected * (k / part.selected_in_all)
             if scaler is not None and scaler.is_enabled():
                 loss_selected = nan_unless_finite(loss_selected, phases.perturbation.sum_of_squares)
             scaled(loss_selected, scaler).backward()
         return loss.detach(), rest
-
-
-class SharpnessOfAPart(TwoPasses):
-    r"""SAM's gradient, of which the part that the perturbation adds is estimated on a part Q of the batch B.
-
-    .. math:: \nabla L_B(w) + \nabla L_Q(w + e) - \nabla L_Q(w)
-
-    Pass 1 sees the whole batch: Q, which the perturbation e follows from, and then the others. Pass 2 sees Q only.
-    """
-
-    def forwards(self, phases: Phases) -> float:
-        """All gradients of pass 1 go into the update; pass 2 takes Q."""
-        return _BASE_FORWARDS * (1.0 + phases.perturbation.settings.sharpness_share)
-
-    def _of_part(self, phases: Phases, losses: Losses, part: Part) -> tuple[Tensor, Any]:
-        params, scaler, samples = phases.perturbation.params, part.scaler, batch_size(part.batch)
-        count = num_first(phases.perturbation.settings.sharpness_share, samples)
-        if count == samples and not phases.parallelism.forward_communicates:
-            return super()._of_part(phases, losses, part)
-        first, others = samples_between(part.batch, 0, count), samples_between(part.batch, count, samples)
-        if count == samples:
-            others = first  # without weight: the other ranks wait for a forward and a backward here
-
-        with phases.parallelism.without_synchronization():
-            noise = phases.noise()  # of the first forward: in a CUDA graph no other can be replayed
-            loss_first, rest_of_first = losses_and_rest(losses(*first), count)
-            drop_gradients(params)  # those of an attack inside the closure
-            loss_first = loss_first.mean()
-            phases.backward(scaled(loss_first, scaler), of_all=True)
-            own = gradients(params)
-            loss_others, rest_of_others = losses_and_rest(losses(*others), batch_size(others))
-            drop_gradients(params)
-            loss_others, share_of_others = loss_others.mean(), (samples - count) / part.selected_in_all
-            scaled(loss_others * share_of_others, scaler).backward()
-            kept = _minus(gradients(params), own, share_of_others)
-        _hand_over(own, params)
-        phases.first_step(zero_grad=True)
-
-        with part.synchronized(phases):
-            with contextlib.nullcontext() if noise is None else noise.replay():
-                loss_after, _ = losses_and_rest(losses(*first), count)
-            _hand_over(_plus(part.summed, kept), params)
-            # What is not finite in pass 1 is in the gradients already: a scaler sees it.
-            scaled(loss_after.mean() * (samples / part.selected_in_all), scaler).backward()
-        loss = (loss_first.detach() * count + loss_others.detach() * (samples - count)) / samples
-        rests = [rest for rest in (rest_of_first, rest_of_others) if rest is not None]
-        return loss, rests or None
-
-
-@torch.no_grad()
-def _minus(kept: list[Tensor | None], others: list[Tensor | None], factor: float) -> list[Tensor | None]:
-    """kept - factor * others, in the memory of ``kept``; None stands for zeros."""
-    both = [(mine, other) for mine, other in zip(kept, others) if mine is not None and other is not None]
-    if both:
-        mine, theirs = map(list, zip(*both))
-        torch._foreach_add_(mine, theirs, alpha=-factor)
-    return [other * -factor if mine is None and other is not None else mine for mine, other in zip(kept, others)]
-
-
-def _plus(summed: list[Tensor | None], kept: list[Tensor | None]) -> list[Tensor | None]:
-    """The sums, in the memory of ``summed``; None stands for zeros."""
-    return _minus(summed, kept, -1.0) if any(grad is not None for grad in summed) else kept
 
 
 def _hand_over(grads: list[Tensor | None], params: list[Tensor]) -> None:

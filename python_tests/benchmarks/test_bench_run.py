@@ -65,7 +65,7 @@ def test_full_run_names_every_case_once():
     assert {"cross-entropy 4096x32000", "cross-entropy 64x131072 + backward", "gather 512x3x224x224"} <= set(names)
     assert "resnet18 b32 bf16 ESAM(SGD)" in names
     assert {f"resnet18 b128 bf16 {mode}" for mode in modes.OF_LARGER_BATCH} <= set(names)
-    assert "sharpness_share=0.25" in modes.OF_LARGER_BATCH
+    assert "ascent_share=0.25" in modes.OF_LARGER_BATCH
 
 
 def test_the_modes_carry_their_counted_cost_and_are_compared_with_sam():
@@ -74,7 +74,7 @@ def test_the_modes_carry_their_counted_cost_and_are_compared_with_sam():
         found = {row["implementation"]: row for row in case.run(0.0)}
         counted[case.name.partition(" fp32 ")[2]] = found["ours"]["counted"]
         assert ("SAM, ours" in found) == (not case.name.endswith("rho = 0"))
-    assert (counted["rho = 0"], counted["momentum"], counted["sharpness_share=0.25"]) == (1.0, 1.0, 1.25)
+    assert (counted["rho = 0"], counted["momentum"], counted["ascent_share=0.25"]) == (1.0, 1.0, 1.25)
     assert 1.0 < counted["normalization, first_order"] < counted["first_order"] < counted["rise"] < 2.0
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 
 from benchmarks.study import __main__ as program
+from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.modes import CentredByClass, Mode, Softened
 from benchmarks.study.samples import Samples, digits, split
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
@@ -19,25 +20,29 @@ from esam_kernels.ranking import Head
 DIGITS = SETTINGS_BY_NAME["digits"].smoke()
 
 
-def test_pass_1_on_a_quarter_perturbs_along_it_and_pass_2_takes_all():
+def test_sharpness_of_a_part_is_a_control_variate():
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    inputs, targets = (
-        torch.tensor([[1.0, 0.5], [0.0, 1.0], [2.0, 1.0], [-1.0, 3.0]]),
-        torch.tensor([0.5, 1.0, 0.0, 2.0]),
-    )
+    inputs = torch.tensor([[1.0, 0.5], [0.0, 1.0], [2.0, 1.0], [-1.0, 3.0]])
+    target = torch.tensor([0.5, 1.0, 0.0, 2.0])
 
-    def losses(x, y):
-        return (x @ weight - y) ** 2
-
-    def gradient(w, x, y):
+    def gradient(w, samples):
+        x, y = inputs[samples], target[samples]
         return 2.0 * ((x @ w - y)[:, None] * x).mean(dim=0)
 
     optimizer = ESAM([weight], torch.optim.SGD, lr=0.1, rho=0.3, beta=1.0, gamma=1.0)
-    w = weight.detach().clone()
-    assert cost_of(optimizer, 0.25) == 1.25
-    first = gradient(w, inputs[:1], targets[:1])
-    step(optimizer, losses, (inputs, targets), first_share=0.25)
-    torch.testing.assert_close(weight.detach(), w - 0.1 * gradient(w + 0.3 * first / first.norm(), inputs, targets))
+    w, few, whole = weight.detach().clone(), slice(2), slice(4)
+    assert cost_of(optimizer, 0.5) == 1.5
+    step(optimizer, lambda x, y: (x @ weight - y) ** 2, (inputs, target), sharpness_share=0.5)
+    at = w + 0.3 * gradient(w, few) / gradient(w, few).norm()
+    expected = gradient(w, whole) + gradient(at, few) - gradient(w, few)
+    torch.testing.assert_close(weight.detach(), w - 0.1 * expected)
+
+
+def test_pass_1_on_a_part_is_a_setting_of_the_optimizer():
+    weight = torch.nn.Parameter(torch.ones(2))
+    for name, share in (("sam-quarter", 0.25), ("sam-three-eighths", 0.375)):
+        optimizer, _ = MODES[name].optimizer(torch.nn.ParameterList([weight]), 0.1, 0, 10, lr=0.1)
+        assert (optimizer.ascent_share, optimizer.relative_cost) == (share, 1.0 + share)
 
 
 def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, capsys):
@@ -93,7 +98,7 @@ def test_the_share_of_wrong_labels_in_the_selection_is_recorded():
         return train(mode, Trial(0.1, len(samples.train[1]), 5e-4, 0.05), samples, DIGITS.network(), 1, 0)
 
     assert outcome(samples, gamma=0.5, ranking=WrongFirst).wrong_in_selection == 50.0
-    assert outcome(samples, sharpness_share=0.25).wrong_in_selection is None
+    assert outcome(samples, ascent_share=0.25).wrong_in_selection is None
     assert outcome(digits(), gamma=0.5, ranking="random").wrong_in_selection is None
 
 

@@ -66,7 +66,7 @@ def test_the_recommendation_names_where_its_mode_is_less_accurate(tmp_path):
     sgd = [90.0 + 0.1 * (seed % 3) for seed in range(10)]
     sam = [value + 2.0 + 0.1 * (seed % 2) for seed, value in enumerate(sgd)]
     rows_of_it = [value + 1.0 + 0.1 * (seed % 2) for seed, value in enumerate(sgd)]
-    lines = report.recommendation(summary_of(tmp_path, sgd=sgd, sam=sam, sharp_quarter=rows_of_it), None).splitlines()
+    lines = report.recommendation(summary_of(tmp_path, sgd=sgd, sam=sam, sam_quarter=rows_of_it), None).splitlines()
     assert "a step costs 1.00 steps of SGD" in lines[0]
     assert lines[1].endswith(
         "more accurate in 0, no clear difference in 0, less accurate in 1: digits, small CNN (-1.0)."
@@ -76,7 +76,7 @@ def test_the_recommendation_names_where_its_mode_is_less_accurate(tmp_path):
 
 def test_the_table_of_selections_has_the_modes_that_choose_data_where_labels_are_wrong(tmp_path):
     rows, setting = Rows(tmp_path / "rows.json"), SETTINGS_BY_NAME["digits-40"]
-    for mode, accuracy in (("sgd", 90.0), ("sam", 92.0), ("random", 91.0), ("sharp-quarter", 91.0)):
+    for mode, accuracy in (("sgd", 90.0), ("sam", 92.0), ("random", 91.0), ("sam-quarter", 91.0)):
         for seed in range(10):
             unit = Unit(setting, mode, "epochs", Trial(0.1, 64, 0.0), setting.epochs, seed)
             wrong = 40.0 + seed if mode == "random" else None

@@ -75,7 +75,7 @@ PLANS = {
     "momentum": ({"ascent": "momentum", "gamma": 1.0}, [*PERTURB, *LOSSES, *UPDATE]),
     "previous": ({"ascent": "previous", "gamma": 1.0}, [*PERTURB, *LOSSES, *UPDATE]),
     "whole batch": ({"gamma": 1.0}, [*LOSSES, *PERTURB, *LOSSES, *UPDATE]),
-    "sharpness of a part": ({"gamma": 1.0, "sharpness_share": 0.25}, [*LOSSES, *LOSSES, *PERTURB, *LOSSES, *UPDATE]),
+    "short pass 1": ({"gamma": 1.0, "ascent_share": 0.25}, [*LOSSES, *PERTURB, *LOSSES, *UPDATE]),
     "rise": ({}, [*LOSSES, *PERTURB, "cross_entropy_forward", *SELECT, *LOSSES, *UPDATE]),
     "first_order": ({"ranking": "first_order"}, [*LOSSES, *PERTURB, *SELECT, *LOSSES, *UPDATE]),
     "random": ({"ranking": "random"}, [*LOSSES, *PERTURB, *SELECT, *LOSSES, *UPDATE]),

@@ -62,7 +62,7 @@ def test_each_rank_ranks_its_own_batch_from_pass_1(ranking: str) -> None:
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_pass_1_takes_the_first_part_of_each_ranks_batch(sync: bool) -> None:
-    options = {**SGD, **TENSOR, "gamma": 1.0, "sharpness_share": 0.5}
+    options = {**SGD, **TENSOR, "gamma": 1.0, "ascent_share": 0.5}
     got = run_ranks(train_on_ranks, "ddp", {**options, "sync_perturbation": sync}, 10, {})
     assert_same(got, train_alone(options, 10) if sync else train_replicas(options, 10))
 

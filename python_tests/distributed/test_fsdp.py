@@ -59,7 +59,7 @@ def test_first_order_ranks_each_ranks_own_batch(swp: dict[str, Any]) -> None:
 
 
 def test_pass_1_takes_the_first_part_of_each_ranks_batch() -> None:
-    options = {**SGD, **ELEMENT, "gamma": 1.0, "sharpness_share": 0.5}
+    options = {**SGD, **ELEMENT, "gamma": 1.0, "ascent_share": 0.5}
     assert_same(run_ranks(train_on_ranks, "fsdp", options, 10, {}), train_alone(options, 10))
 
 
@@ -263,7 +263,7 @@ def _mixed_precision(options: dict[str, Any]) -> list[Tensor]:
     return trained
 
 
-@pytest.mark.parametrize("options", [{}, {"gamma": 1.0, "sharpness_share": 0.5}], ids=["B+", "sharpness of a part"])
+@pytest.mark.parametrize("options", [{}, {"gamma": 1.0, "ascent_share": 0.5}], ids=["B+", "pass 1 on a part"])
 def test_ranks_with_batches_of_different_size_do_not_wait_for_each_other(options: dict[str, Any]) -> None:
     first, second = run_ranks(_uneven_steps, options)
     assert all(map(torch.equal, first, second))

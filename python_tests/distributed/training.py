@@ -116,10 +116,7 @@ def train_alone(
                 optimizer.restore()
             micro = [(inputs.chunk(parts)[number], targets.chunk(parts)[number]) for inputs, targets in step]
             optimizer.zero_grad()
-            if optimizer.sharpness_share < 1.0:
-                sums = sharpness_of_a_part(model, optimizer, micro)
-                continue
-            before = [losses(*part) for part in micro]
+            before = [losses(*first_part(optimizer, part)) for part in micro]
             ranked = [scores(model, *part) for part in micro] if scores else []
             optimizer.backward(torch.cat(before).mean())
             optimizer.first_step(zero_grad=True)
@@ -127,7 +124,9 @@ def train_alone(
                 needs_loss_after = optimizer._phases.ranking.needs_loss_after
                 after = ranked or [losses(*part) if needs_loss_after else None for part in micro]
                 before = [torch.zeros_like(score) for score in ranked] or before
-            chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
+            chosen = micro
+            if optimizer.ascent_share == 1.0:
+                chosen = [optimizer.select(b, a, *part) for b, a, part in zip(before, after, micro)]
             losses(*joined(chosen)).mean().backward()
             sums = [total + param.grad / parts for total, param in zip(sums, model.parameters())]
         for param, total in zip(model.parameters(), sums):
@@ -138,18 +137,10 @@ def train_alone(
     return weights(model)
 
 
-def sharpness_of_a_part(model: nn.Module, optimizer: ESAM, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """grad L(w) + grad L_Q(w + e) - grad L_Q(w), where Q are the first samples of each batch, all of one size."""
-    params, losses = list(model.parameters()), losses_of(model)
-    count = round(optimizer.sharpness_share * len(batches[0][0]))
-    first = joined([(inputs[:count], targets[:count]) for inputs, targets in batches])
-    whole = torch.autograd.grad(losses(*joined(batches)).mean(), params)
-    own = torch.autograd.grad(losses(*first).mean(), params)
-    for param, grad in zip(params, own):
-        param.grad = grad.clone()
-    optimizer.first_step(zero_grad=True)
-    perturbed = torch.autograd.grad(losses(*first).mean(), params)
-    return [grad + new - old for grad, new, old in zip(whole, perturbed, own)]
+def first_part(optimizer: ESAM, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What pass 1 takes of a batch."""
+    count = round(optimizer.ascent_share * len(batch[0]))
+    return tuple(tensor[:count] for tensor in batch)
 
 
 def head_products(model: nn.Module, inputs: Tensor, targets: Tensor, eta: float | None = None) -> Tensor:
@@ -198,17 +189,16 @@ def train_replicas(options: dict[str, Any], steps: int, ranks: int = 2, parts_pe
 
 
 def _second_gradients(model: nn.Module, optimizer: ESAM, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
-    if optimizer.sharpness_share < 1.0:
-        return sharpness_of_a_part(model, optimizer, [batch])
     losses = losses_of(model)
-    before = losses(*batch)
+    before = losses(*first_part(optimizer, batch))
     optimizer.backward(before.mean())
     optimizer.first_step(zero_grad=True)
     after = None
     if optimizer._phases.ranking.needs_loss_after:
         with torch.no_grad():
             after = losses(*batch)
-    losses(*optimizer.select(before, after, *batch)).mean().backward()
+    chosen = optimizer.select(before, after, *batch) if optimizer.ascent_share == 1.0 else batch
+    losses(*chosen).mean().backward()
     grads = [param.grad for param in model.parameters()]
     optimizer.zero_grad()
     return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(model.parameters(), grads)]

@@ -24,7 +24,7 @@ LAUNCHES = {
     "first_order": [*LOSSES, *PERTURB, "select", *GATHER, *LOSSES],
     "random": [*LOSSES, *PERTURB, "select", *GATHER, *LOSSES],
     "whole batch": [*LOSSES, *PERTURB, *LOSSES],
-    "sharpness of a part": [*LOSSES, *LOSSES, *PERTURB, *LOSSES],
+    "short pass 1": [*LOSSES, *PERTURB, *LOSSES],
     "momentum": [*PERTURB, *LOSSES],
     "base": LOSSES,
 }
@@ -33,7 +33,7 @@ PLANS = {
     "first_order": {"ranking": "first_order"},
     "random": {"ranking": "random"},
     "whole batch": {"gamma": 1.0},
-    "sharpness of a part": {"gamma": 1.0, "sharpness_share": 0.25},
+    "short pass 1": {"gamma": 1.0, "ascent_share": 0.25},
     "momentum": {"ascent": "momentum", "gamma": 1.0},
     "base": {"rho": 0.0},
 }

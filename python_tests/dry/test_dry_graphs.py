@@ -30,7 +30,7 @@ PLANS = {
     "random": {"ranking": "random"},
     "custom": {"ranking": lambda context: context.losses},
     "whole batch": {"gamma": 1.0},
-    "sharpness of a part": {"gamma": 1.0, "sharpness_share": 0.25},
+    "short pass 1": {"gamma": 1.0, "ascent_share": 0.25},
     "adaptive": {"adaptive": True, "eta": 0.01},
     "previous": {"ascent": "previous", "gamma": 1.0},
     "momentum": {"ascent": "momentum", "gamma": 1.0},

@@ -91,25 +91,25 @@ def test_esam_fast_trains_from_its_recipe(tmp_path, capsys):
     assert " 1.25 " in line
 
 
-def test_an_sharpness_share_makes_pass_2_take_the_whole_batch_and_leaves_sam_alone():
-    options = train.parse_options(["--optimizer", "sam", "esam", "esam-swp", "--sharpness-share", "0.5"])
+def test_an_ascent_share_makes_pass_2_take_the_whole_batch_and_leaves_sam_alone():
+    options = train.parse_options(["--optimizer", "sam", "esam", "esam-swp", "--ascent-share", "0.5"])
     model = torch.nn.Linear(2, 2)
     sam, esam, swp = (build_optimizer(name, model, options) for name in options.optimizer)
-    assert [each.sharpness_share for each in (sam, esam, swp)] == [1.0, 0.5, 0.5]
+    assert [each.ascent_share for each in (sam, esam, swp)] == [1.0, 0.5, 0.5]
     assert [each.gamma for each in (sam, esam, swp)] == [1.0, 1.0, 1.0]
 
 
-def test_a_share_of_0_and_a_choice_of_data_beside_a_the_sharpness_of_a_part_are_refused(tmp_path, capsys):
+def test_a_share_of_0_and_a_choice_of_data_beside_a_short_pass_1_are_refused(tmp_path, capsys):
     common = ["--optimizer", "esam", "--epochs", "1", "--out", str(tmp_path)]
-    assert train.main([*common, "--sharpness-share", "0"]) == train.EXIT_USER_ERROR
-    assert "esam: sharpness_share must lie in (0, 1], got 0.0" in capsys.readouterr().err
-    assert train.main([*common, "--sharpness-share", "0.25", "--gamma", "0.5"]) == train.EXIT_USER_ERROR
-    assert "sharpness_share < 1 needs gamma = 1" in capsys.readouterr().err
+    assert train.main([*common, "--ascent-share", "0"]) == train.EXIT_USER_ERROR
+    assert "esam: ascent_share must lie in (0, 1], got 0.0" in capsys.readouterr().err
+    assert train.main([*common, "--ascent-share", "0.25", "--gamma", "0.5"]) == train.EXIT_USER_ERROR
+    assert "ascent_share < 1 needs gamma = 1" in capsys.readouterr().err
 
 
 def test_a_recipes_share_is_not_held_against_an_optimizer_without_it(capsys):
-    assert train.parse_options(["--recipe", "demo", "--optimizer", "sgd"]).sharpness_share == 1.0
-    assert train.parse_options(["--recipe", "demo", "--optimizer", "esam"]).sharpness_share == 0.25
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "sgd"]).ascent_share == 1.0
+    assert train.parse_options(["--recipe", "demo", "--optimizer", "esam"]).ascent_share == 0.25
     with pytest.raises(SystemExit):
         train.parse_options(["--recipe", "demo", "--optimizer", "sgd", "--ranking", "random"])
     assert "--ranking is for --optimizer esam" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_a_recipes_share_is_not_held_against_an_optimizer_without_it(capsys):
         (["--optimizer", "sam", "--ranking", "random"], "--ranking is for --optimizer esam or esam-sds"),
         (["--optimizer", "esam", "--ascent", "momentum", "--ranking", "random"], "--ranking is for --optimizer esam"),
         (["--ranking", "loss"], "argument --ranking: invalid choice: 'loss'"),
-        (["--optimizer", "sam", "--sharpness-share", "0.5"], "--sharpness-share is for --optimizer esam or esam-swp"),
+        (["--optimizer", "sam", "--ascent-share", "0.5"], "--ascent-share is for --optimizer esam or esam-swp"),
         (["--perturb", "bias"], "argument --perturb: invalid choice: 'bias'"),
     ],
 )

@@ -56,14 +56,14 @@ def test_there_is_a_recipe_for_each_model_data_set_and_optimizer():
 
 
 @pytest.mark.parametrize("model", ["cifar10-resnet18", "cifar100-wrn28-10", "imagenet-vit-s16"])
-def test_the_fast_recipe_is_sams_with_a_the_sharpness_of_a_part(model):
+def test_the_fast_recipe_is_sams_with_a_short_pass_1(model):
     fast, sam = (vars(train.parse_options(["--recipe", f"{model}-{name}"])) for name in ("esam-fast", "sam"))
     assert {name: value for name, value in fast.items() if value != sam[name]} == {
         "recipe": f"{model}-esam-fast",
         "optimizer": ["esam"],
         "beta": 1.0,
         "gamma": 1.0,
-        "sharpness_share": 0.25,
+        "ascent_share": 0.25,
     }
 
 

@@ -71,8 +71,8 @@ def test_replays_with_one_pass_are_eager_steps_bit_for_bit(backend_name, device,
 
 
 @masks
-def test_replays_with_a_the_sharpness_of_a_part_are_eager_steps_bit_for_bit(backend_name, device, mask):
-    step, graphed, eager = graphed_and_eager(device, backend_name, mask=mask, gamma=1.0, sharpness_share=0.25)
+def test_replays_with_a_short_pass_1_are_eager_steps_bit_for_bit(backend_name, device, mask):
+    step, graphed, eager = graphed_and_eager(device, backend_name, mask=mask, gamma=1.0, ascent_share=0.25)
     for number, batch in enumerate(batches(device, STEPS)):
         loss, expected = step(*batch), eager.step(batch)
         assert torch.equal(loss, expected), number

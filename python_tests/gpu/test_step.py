@@ -76,7 +76,7 @@ AT_ONCE = {
     "first_order": {"ranking": "first_order"},
     "random": {"ranking": "random"},
     "momentum": {"ascent": "momentum", "gamma": 1.0},
-    "sharpness of a part": {"gamma": 1.0, "sharpness_share": 0.25},
+    "short pass 1": {"gamma": 1.0, "ascent_share": 0.25},
     "base step": {"rho": 0.0},
     "base step, its rate on the device": {"rho": 0.0, "lr": torch.tensor(0.05)},
     "AdamW, counters on the host": COUNTERS_ON_THE_HOST,

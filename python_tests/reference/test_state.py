@@ -71,7 +71,7 @@ def test_state_holds_seed_step_and_hyperparameters_and_no_backups():
     assert state["esam"] == {
         "version": 3,
         "ascent": "current",
-        "sharpness_share": 1.0,
+        "ascent_share": 1.0,
         "ranking": "rise",
         "seed": 3,
         "step": 2,

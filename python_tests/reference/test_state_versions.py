@@ -133,11 +133,11 @@ def test_a_newer_version_without_new_entries_is_taken_over():
 
 
 def test_a_checkpoint_of_version_1_is_taken_over_without_a_warning():
-    """It had neither version nor ascent nor ranking; version 2 had no sharpness_share."""
+    """It had neither version nor ascent nor ranking; version 2 had no ascent_share."""
     _, optimizer = after_two_steps(seed=4)
     state = copy.deepcopy(optimizer.state_dict())
     for noted in (state["esam"], *(group["esam"] for group in state["param_groups"])):
-        for name in ("version", "ascent", "ranking", "sharpness_share"):
+        for name in ("version", "ascent", "ranking", "ascent_share"):
             del noted[name]
     _, other = build(ranking="first_order")
     with warnings.catch_warnings():
