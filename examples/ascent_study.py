@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from data import DataSet, UserError, load, with_label_noise
-from report import COLORS, environment, spread
+from report import COLORS, digest, environment, spread
 from torch import nn
 from train import Parser, parse_options
 from trainer import ONE_PASS, Trainer
@@ -187,7 +187,7 @@ def plot(path: Path, summary: list[Row]) -> None:
     axes[0].set_ylabel("test accuracy over SGD's (points)")
     axes[0].legend(frameon=False)
     figure.suptitle(f"dashed: rho rises from 0 over {WARMUP:.0%} of the steps; grey: the default")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Description": digest(summary)})
     pyplot.close(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -66,6 +67,11 @@ def summarise(results: list[Result]) -> list[dict[str, Any]]:
             speed = next((r["images_per_second"] for r in rows if r["optimizer"] == other), None)
             row[f"speed_to_{other}"] = None if speed is None else row["images_per_second"] / speed
     return rows
+
+
+def digest(rows: list[dict[str, Any]]) -> str:
+    """What an image carries that is drawn from these rows: the images of other rows carry another one."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def spread(values: list[float]) -> dict[str, Any]:

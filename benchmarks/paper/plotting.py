@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from data import UserError
-from report import COLORS
+from report import COLORS, digest
 
 from benchmarks.rows import Row
 
-__all__ = ["COLORS", "band", "conditions", "figure"]
+__all__ = ["COLORS", "band", "conditions", "digest", "figure"]
 
 
 @contextmanager
 def figure(path: Path, title: str, rows: Sequence[Row], panels: int = 1, **subplots: Any) -> Iterator[Any]:
-    """``panels`` axes beside each other, a list; saved at the end, whole or not at all."""
+    """``panels`` axes beside each other, a list; saved at the end, whole or not at all, with the digest of ``rows``."""
     try:
         import matplotlib
     except ImportError:
@@ -36,7 +36,7 @@ def figure(path: Path, title: str, rows: Sequence[Row], panels: int = 1, **subpl
         drawn.text(0.5, 0.94, conditions(rows), ha="center", va="top", fontsize=7, color="#666666")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        drawn.savefig(temporary, dpi=120, format="png")
+        drawn.savefig(temporary, dpi=120, format="png", metadata={"Description": digest(list(rows))})
         temporary.replace(path)
     finally:
         pyplot.close(drawn)

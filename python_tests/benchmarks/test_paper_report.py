@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.paper import report, store
+from benchmarks.paper import experiment as experiments
+from benchmarks.paper import plotting, report, runner, store
 from benchmarks.paper.experiment import Claim, Experiment
 from benchmarks.paper.experiments import figure5, figure6, figure7, table4_5
 
@@ -13,6 +14,14 @@ CONDITIONS = {"device": "a CPU", "torch": "2.13", "commit": "abc", "date": "2026
 
 def test_the_page_agrees_with_the_rows():
     assert report.PAGE.read_text() == report.rendered()
+
+
+@pytest.mark.parametrize("name", experiments.registry())
+def test_the_figures_are_drawn_from_the_rows(name):
+    experiment = experiments.find(name)
+    for folder, scale, rows in report.measured(experiment, report.RESULTS):
+        image = runner.figure_path(experiment, scale, folder)
+        assert plotting.digest(rows).encode() in image.read_bytes(), f"draw {image.name} anew: make paper NAME={name}"
 
 
 def test_check_fails_where_the_page_differs_and_changes_nothing(tmp_path, capsys):

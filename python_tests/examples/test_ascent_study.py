@@ -1,6 +1,7 @@
 """The study of rho for one pass a step: its runs, its file that goes on, and its means."""
 
 import json
+from pathlib import Path
 
 import ascent_study
 import pytest
@@ -67,3 +68,10 @@ def test_means_and_gains_are_over_the_seeds_of_a_case():
     sgd, previous = ascent_study.summarise(rows)
     assert (sgd["test_accuracy"]["mean"], sgd["over_sgd"], sgd["seeds"]) == (60.0, 0.0, 2)
     assert (previous["rho"], previous["test_accuracy"]["mean"], previous["over_sgd"]) == (0.1, 68.0, 8.0)
+
+
+def test_the_committed_plot_is_drawn_from_the_committed_means():
+    folder = Path(ascent_study.__file__).parents[1] / "benchmarks" / "results" / "cpu"
+    summary = json.loads((folder / "ascent_study.json").read_text())["rows"]
+    assert summary == ascent_study.summarise(ascent_study.read_rows(folder / "ascent_study.jsonl"))
+    assert ascent_study.digest(summary).encode() in (folder / "ascent_study.png").read_bytes()
