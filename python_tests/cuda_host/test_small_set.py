@@ -42,8 +42,9 @@ def test_the_small_set_passes_and_calls_every_kernel(only_cuda, emulated, device
     assert capsys.readouterr().out.splitlines() == ["cuda: done", "triton: not here"]
 
 
-def test_where_no_kernel_ran_the_sanitizer_has_not_passed(monkeypatch):
+@pytest.mark.parametrize("ran", [[], ["triton"], ["cuda", "triton"]], ids=str)
+def test_where_the_kernels_of_a_backend_did_not_run_the_sanitizer_has_not_passed(monkeypatch, ran):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: "not here")
+    monkeypatch.setattr(sanitize, "small_set", lambda device: ran)
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--inside"])
-    assert sanitize.main() == sanitize.NOTHING_RAN
+    assert sanitize.main() == (0 if len(ran) == 2 else sanitize.NOT_ALL_RAN)
