@@ -51,7 +51,7 @@ def test_pages_agree_with_the_rows(page):
 def test_the_readme_says_how_far_the_time_of_a_mode_is_from_its_count():
     groups = rows.by_machine(rows.load(rows.RESULTS / "cpu" / "modes.json"))
     shares = [float(line[3]) for group in groups for line in performance.lines_of_modes(group)[1:]]
-    said = re.search(r"or up to (\d+) % less or (\d+) % more", readme.README.read_text())
+    said = re.search(r"or up to (\d+) % less\s+or (\d+) % more", readme.README.read_text())
     assert [int(number) for number in said.groups()] == [round(100 - 100 * min(shares)), round(100 * max(shares) - 100)]
 
 
