@@ -16,6 +16,8 @@ from benchmarks.study.summary import Summary
 from data import UserError
 
 COLUMNS = 3
+# In points of accuracy: smaller differences than this do not fill a panel.
+LEAST_HEIGHT = 2.0
 # By what is perturbed: marker and the word in the legend.
 MARKERS = {"sgd": "*", "whole": "o", "normalization": "s", "momentum": "^"}
 # The modes that the eye should find first: what is compared with, and what the README names first.
@@ -61,7 +63,7 @@ def draw(summary: Summary, path: Path) -> None:
     columns = min(COLUMNS, len(settings))
     lines = math.ceil(len(settings) / columns)
     figure, axes = pyplot.subplots(
-        lines, columns, squeeze=False, figsize=(4.2 * columns + 2.8, 3.6 * lines), layout="constrained"
+        lines, columns, squeeze=False, figsize=(4.2 * columns, 3.4 * lines), layout="constrained"
     )
     try:
         colors = pyplot.get_cmap("tab20").colors
@@ -70,7 +72,8 @@ def draw(summary: Summary, path: Path) -> None:
             _panel(summary, setting, axis, colors, handles)
         for axis in axes.flat[len(settings) :]:
             axis.set_axis_off()
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
+        names = sorted(handles, key=[mode.text for mode in MODES].index)
+        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         figure.savefig(temporary, dpi=110, format="png", metadata={"Description": digest(summary)})
@@ -101,5 +104,8 @@ def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: 
     axis.set_xlabel("cost of a step, in SGD's steps", fontsize=8)
     axis.set_ylabel("test accuracy, %", fontsize=8)
     axis.set_xlim(0.9, 2.1)
+    low, high = axis.get_ylim()
+    margin = max(0.0, LEAST_HEIGHT - (high - low)) / 2.0
+    axis.set_ylim(low - margin, high + margin)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

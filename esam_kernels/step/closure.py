@@ -41,7 +41,8 @@ class ClosureStep:
             first_gradients: whether the gradients that are there are those of pass 1; None: found out.
 
         Raises:
-            RuntimeError: the closure computed no gradients, or there are none and ``first_gradients`` is True.
+            RuntimeError: the closure computed no gradients, or there are none and ``first_gradients`` is True, or the
+                closure would compute pass 1 and ``ascent_share`` is below 1.
         """
         if first_gradients and all(grad is None for grad in gradients(phases.perturbation.params)):
             raise RuntimeError(
@@ -84,7 +85,13 @@ class ClosureStep:
 
     def _two_calls(self, phases: Phases, closure: Callable[[], Any], is_sure: bool) -> Any:
         """The closure at w and at w + e. What is there before is dropped."""
-        params = phases.perturbation.params
+        params, share = phases.perturbation.params, phases.perturbation.settings.ascent_share
+        if share < 1.0:
+            raise RuntimeError(
+                f"step(closure) needs ascent_share = 1, got {share:g}: the closure computes the whole batch, also in "
+                "pass 1. Give step the function of the losses and the batch, step(losses, *batch), or set "
+                "optimizer.ascent_share = 1.0"
+            )
         had_gradients = [] if is_sure else [param for param in params if param.grad is not None]
         phases.drop_gradients()
         with phases.parallelism.without_synchronization():

@@ -264,6 +264,33 @@ def test_a_choice_of_data_needs_pass_1_on_the_whole_batch():
     assert (optimizer.gamma, optimizer.ascent_share) == (0.5, 1.0)
 
 
+def test_a_closure_that_computes_the_whole_batch_twice_is_refused():
+    model, optimizer = build()
+    losses, batch = oracles.losses_of(model), oracles.batch(SAMPLES)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = losses(*batch).mean()
+        loss.backward()
+        return loss
+
+    message = r"step\(closure\) needs ascent_share = 1, got 0.25: .* step\(losses, \*batch\)"
+    oracles.assert_refused(lambda: optimizer.step(closure), RuntimeError, message, model, optimizer)
+    optimizer.ascent_share = 1.0
+    optimizer.step(closure)
+
+
+def test_a_closure_may_follow_a_pass_1_of_ones_own():
+    (model, optimizer), (other, plain) = build(), build(share=1.0)
+    inputs, target = oracles.batch(SAMPLES)
+    for each, its in ((model, optimizer), (other, plain)):
+        torch.manual_seed(0)
+        losses = oracles.losses_of(each)
+        its.backward(losses(inputs[:4], target[:4]).mean())
+        its.step(lambda losses=losses: losses(inputs, target).mean().backward(), first_gradients=True)
+    assert oracles.same_bits(oracles.weights_of(model), oracles.weights_of(other))
+
+
 @pytest.mark.parametrize("ascent", ["previous", "momentum"])
 def test_an_ascent_without_pass_1_is_refused(ascent):
     with pytest.raises(ValueError, match=f'ascent_share must be 1 with ascent="{ascent}", got 0.25'):
