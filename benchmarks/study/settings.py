@@ -88,7 +88,7 @@ _TRANSFORMER = replace(
     name="mnist1d-transformer",
     title="MNIST-1D, Transformer",
     network=networks.Transformer,
-    search=Search(rates=(0.01, 0.02, 0.05, 0.1)),
+    search=Search((0.02, 0.05, 0.1), (32, 64), (5e-4,), combinations=2, rounds=((4, 1), (2, 1))),
     seeds=5,
 )
 _CIFAR = Setting(
