@@ -73,7 +73,9 @@ def draw(summary: Summary, path: Path) -> None:
         for axis in axes.flat[len(settings) :]:
             axis.set_axis_off()
         names = sorted(handles, key=[mode.text for mode in MODES].index)
-        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(
+            [handles[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         figure.savefig(temporary, dpi=110, format="png", metadata={"Description": digest(summary)})
