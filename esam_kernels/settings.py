@@ -55,8 +55,8 @@ class Settings:
             )
         if self.gamma < 1.0:
             raise ValueError(
-                f"ascent_share < 1 needs gamma = 1, got ascent_share={self.ascent_share} and gamma={self.gamma}: B+ is "
-                "chosen by the losses of the whole batch, and pass 1 would see only a part of it"
+                f"ascent_share < 1 needs gamma = 1, got ascent_share={self.ascent_share} and gamma={self.gamma}: the "
+                "samples for pass 2 are chosen by the losses of the whole batch, of which pass 1 would see only a part"
             )
 
 
