@@ -63,7 +63,7 @@ DEMO: Recipe = {
 
 
 def all_recipes() -> dict[str, Recipe]:
-    """Options by name: ``demo``, and ``<data>-<model>-<optimizer>`` for the paper's."""
+    """Options by name: ``demo``, ``esam-fast``, and ``<data>-<model>-<optimizer>`` for the paper's."""
     recipes = {}
     for optimizer in OPTIMIZERS:
         for model, numbers in CIFAR.items():
@@ -73,7 +73,7 @@ def all_recipes() -> dict[str, Recipe]:
         for model, numbers in IMAGENET.items():
             parts = {} if optimizer == "sgd" else {"micro_batch": M_SHARPNESS}
             recipes[f"imagenet-{model}-{optimizer}"] = recipe("imagenet", model, optimizer, {**numbers, **parts})
-    return {"demo": DEMO, **dict(sorted(recipes.items()))}
+    return {"demo": DEMO, "esam-fast": FAST, **dict(sorted(recipes.items()))}
 
 
 def recipe(data: str, model: str, optimizer: str, numbers: Recipe) -> Recipe:
