@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def draw(summary: Summary, path: Path) -> None:
     columns = min(COLUMNS, len(settings))
     lines = math.ceil(len(settings) / columns)
     figure, axes = pyplot.subplots(
-        lines, columns, squeeze=False, figsize=(4.2 * columns, 3.4 * lines), layout="constrained"
+        lines, columns, squeeze=False, figsize=(3.3 * columns, 2.7 * lines), layout="constrained"
     )
     try:
         colors = pyplot.get_cmap("tab20").colors
@@ -72,13 +73,15 @@ def draw(summary: Summary, path: Path) -> None:
             _panel(summary, setting, axis, colors, handles)
         for axis in axes.flat[len(settings) :]:
             axis.set_axis_off()
+        figure.supxlabel("price of a step, in steps of SGD")
+        figure.supylabel("test accuracy, %")
         names = sorted(handles, key=[mode.text for mode in MODES].index)
         figure.legend(
             [handles[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Description": digest(summary)})
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Description": digest(summary)})
         temporary.replace(path)
     finally:
         pyplot.close(figure)
@@ -102,9 +105,7 @@ def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: 
     sgd = summary.result(setting.name, "sgd")
     if sgd is not None:
         axis.axhline(sgd.mean, color="#999999", linewidth=0.8, linestyle="--")
-    axis.set_title(setting.title, fontsize=10)
-    axis.set_xlabel("cost of a step, in SGD's steps", fontsize=8)
-    axis.set_ylabel("test accuracy, %", fontsize=8)
+    axis.set_title(textwrap.fill(setting.title, 30), fontsize=11)
     axis.set_xlim(0.9, 2.1)
     low, high = axis.get_ylim()
     margin = max(0.0, LEAST_HEIGHT - (high - low)) / 2.0
