@@ -37,6 +37,7 @@ if not (Path(__file__).parents[1] / "benchmarks/results/study/cost_and_accuracy.
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+maximum_signature_line_length = 88  # a longer one has a line for each argument
 napoleon_numpy_docstring = False
 
 # A reference to a name of this package has to lead somewhere; other projects' pages are not at hand in a build without

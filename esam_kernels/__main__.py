@@ -26,7 +26,8 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+    parser.add_argument("--version", action="version", version=f"esam_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="command")
     commands.add_parser("doctor", help="versions, devices, backends, and a self-check of each against the reference")
     if parser.parse_args().command == "doctor":
         return doctor.main()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import esam_kernels
 from esam_kernels import __main__ as commands
 from esam_kernels import doctor, logs
 from esam_kernels.backends import extensions
@@ -75,6 +76,21 @@ def test_without_a_command_the_commands_are_told(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "doctor" in said
     assert "optimizer.step(losses, inputs, targets)" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "beginning"),
+    [
+        ("--version", 0, f"esam_kernels {esam_kernels.__version__}"),
+        ("docter", 2, "python -m esam_kernels: error: argument command: invalid choice: 'docter'"),
+    ],
+)
+def test_the_version_and_what_is_no_command(monkeypatch, capsys, argument, code, beginning):
+    monkeypatch.setattr(sys, "argv", ["esam_kernels", argument])
+    with pytest.raises(SystemExit) as stopped:
+        commands.main()
+    assert stopped.value.code == code
+    assert "".join(capsys.readouterr()).splitlines()[-1].startswith(beginning)
 
 
 def test_doctor_prints_one_block_to_paste(monkeypatch, capsys):
