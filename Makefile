@@ -77,6 +77,7 @@ doctor: $(READY)
 
 # torch comes first, pinned: the extension is compiled against it.
 $(VENV)/ready: constraints.txt $(SOURCES)
+	@echo "Setting up $(VENV), once: PyTorch is downloaded and the C++ code compiled, which takes some minutes."
 	"$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch setuptools wheel ninja pybind11
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[examples,dev]'
