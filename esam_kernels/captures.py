@@ -19,6 +19,7 @@ from esam_kernels import state
 from esam_kernels.device_numbers import is_capturing
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.fused_update import has_hooks
+from esam_kernels.selection import num_ascent
 from esam_kernels.settings import Settings
 from esam_kernels.step.plan import choose
 from esam_kernels.tensor_lists import MemoryMarks, tensors_in
@@ -80,6 +81,7 @@ def key_of(optimizer: ESAM, modules: list[nn.Module], samples: int) -> tuple[Any
     return (
         type(choose(phases)).__name__,
         phases.num_selected(samples),
+        (num_ascent(settings.ascent_share, samples), settings.ascent_share < 1.0),
         tuple(perturbation.drawn()),
         tuple(perturbation.trained()),
         tuple(getattr(settings, name) for name in _FIXED_SETTINGS),
@@ -92,8 +94,9 @@ def key_of(optimizer: ESAM, modules: list[nn.Module], samples: int) -> tuple[Any
     )
 
 
-# Not fixed in a graph: beta and gamma are in the key in their own way, and the seed's words are on the device.
-_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("beta", "gamma", "seed"))
+# beta, gamma and ascent_share are in the key in their own way, and the seed's words are on the device.
+_IN_THEIR_OWN_WAY = ("beta", "gamma", "ascent_share", "seed")
+_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in _IN_THEIR_OWN_WAY)
 # What a group holds that a graph reads on the device, or not at all.
 _NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
 

@@ -82,8 +82,8 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
 
     Returns:
         A function that is called with a batch, ``step(*batch)``, or as ``optimizer.step`` is,
-        ``step(closure, *batch)``. It returns what ``optimizer.step`` returns. This is the mean loss at w, and what else
-        the closure returned.
+        ``step(closure, *batch)``. It returns what ``optimizer.step`` returns: the mean loss, and what else the closure
+        returned.
 
     Raises:
         TypeError: not an ESAM or SAM, or a closure that cannot be called.

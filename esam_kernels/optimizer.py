@@ -581,9 +581,9 @@ class ESAM(Optimizer):
 
         Returns:
             The mean loss at w, detached, and what else the closure returned for it, (loss, rest), if it returned more
-            (with ``micro_batch``: a list of one for each part). Where no pass at w sees the whole batch (ascent_share
-            below 1, or another ascent than "current"), both are those of the pass at w + e. For ``step(closure)`` what
-            the closure returned first.
+            (with ``micro_batch``: a list of one for each part). With an ascent_share below 1, or another ascent than
+            "current", both are those of the pass at w + e, which sees the whole batch. For ``step(closure)`` what the
+            closure returned first.
 
         Raises:
             RuntimeError: no closure, or within another step.

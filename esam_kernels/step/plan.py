@@ -137,7 +137,8 @@ class TwoPasses:
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
         noise = phases.noise() if phases.ranking.needs_loss_after else None
-        first = num_ascent(phases.perturbation.settings.ascent_share, samples)
+        share = phases.perturbation.settings.ascent_share
+        first = num_ascent(share, samples)
 
         with alone():
             ascent_batch = batch if first == samples else samples_between(batch, 0, first)
@@ -161,7 +162,7 @@ class TwoPasses:
             loss_selected, rest_selected = losses_and_rest(losses(*batch), k)
             _hand_over(part.summed, phases.perturbation.params)
             loss_selected = loss_selected.mean()
-            if first < samples:  # only pass 2 has seen the whole batch
+            if share < 1.0:  # of batches of any size the same pass: that which always sees the whole batch
                 loss, rest = loss_selected, rest_selected
             if k != part.selected_in_all:
                 loss_selected = loss_selected * (k / part.selected_in_all)

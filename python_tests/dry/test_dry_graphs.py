@@ -96,6 +96,28 @@ def test_a_phase_schedule_takes_graphs_of_both_kinds_of_steps(gpu):
     assert gpu.replays == 18 - WARMUP_STEPS - 1
 
 
+def test_a_schedule_of_ascent_share_takes_one_graph_for_each_size_of_pass_1(gpu):
+    pair = Pair(mask="element", gamma=1.0, ascent_share=0.5)
+    given = batches(CPU, 1)[0]
+    samples = len(given[0])
+    sizes = [samples // 2] * (WARMUP_STEPS + 4) + [samples // 4] * 4
+    for number, size in enumerate(sizes):
+        for optimizer in pair.optimizers:
+            optimizer.ascent_share = (size + 0.01 * number) / samples  # a share that is new in every step
+        pair.compare(given)
+    assert len(gpu.captures) == 2
+    assert gpu.replays == 4 + 3
+
+
+def test_a_share_that_rounds_to_the_whole_batch_has_a_graph_of_its_own(gpu):
+    pair = Pair(mask="element", gamma=1.0, ascent_share=0.999)
+    pair.run(WARMUP_STEPS + 1)
+    for optimizer in pair.optimizers:
+        optimizer.ascent_share = 1.0
+    pair.run(2)  # which returns the loss at w, not that at w + e
+    assert len(gpu.captures) == 2
+
+
 # -- graphs go stale ---------------------------------------------------------------------------------------------------
 
 
