@@ -289,7 +289,14 @@ def report(options: argparse.Namespace, results: list[Result]) -> None:
         where = f"numbers: {json_path} (no plot: pip install matplotlib)"
     else:
         where = f"numbers: {json_path}  plot: {plot_path}"
-    print("\n".join([*learned(rows), where]))
+    print("\n".join([*meaning_of_esam(options), *learned(rows), where]))
+
+
+def meaning_of_esam(options: argparse.Namespace) -> list[str]:
+    """One line where the options make of "esam" another mode than that of the paper."""
+    if "esam" in options.optimizer and options.beta == 1.0 and options.ascent_share < 1.0:
+        return [f"esam is SAM(..., ascent_share={options.ascent_share:g}) here: pass 1 takes that share of the batch"]
+    return []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -313,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
 def how_to_resume(options: argparse.Namespace, given: list[str]) -> str:
     if options.checkpoint is None or not (Path(options.checkpoint) / FILE).exists():
         return "nothing is saved (--checkpoint DIR saves the state after every epoch)"
-    command = ["python", sys.argv[0], *given, *([] if options.resume else ["--resume"])]
+    command = [sys.executable, sys.argv[0], *given, *([] if options.resume else ["--resume"])]
     return f"go on with: {shlex.join(command)}"
 
 

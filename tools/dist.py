@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -76,8 +76,7 @@ def built_sdist() -> Path:
 
 def unpacked(sdist: Path, folder: Path) -> Path:
     """Where the sdist was unpacked. It holds every source that git knows, and nothing that was built."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(sdist, folder)
     (source,) = (path for path in folder.iterdir() if path.is_dir())
     held = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix != ".pyc"}

@@ -36,7 +36,8 @@ def test_the_end_says_what_was_learned_and_where_the_plot_is(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     small = ["--limit", "200", "--epochs", "2", "--seeds", "1", "--batch-size", "64"]
     assert train.main(["--recipe", "demo", *small, "--out", str(tmp_path)]) == 0
-    learned, files = capsys.readouterr().out.splitlines()[-2:]
+    meaning, learned, files = capsys.readouterr().out.splitlines()[-3:]
+    assert meaning == "esam is SAM(..., ascent_share=0.25) here: pass 1 takes that share of the batch"
     plot, numbers = tmp_path / "digits_cnn.png", tmp_path / "digits_cnn.json"
     assert files == f"numbers: {numbers}  plot: {plot}"
     assert plot.exists()

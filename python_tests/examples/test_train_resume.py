@@ -69,7 +69,7 @@ def test_interrupted_run_says_how_to_resume_and_continues_bit_for_bit(undisturbe
         patch.setattr(Trainer, "train_epoch", interrupted_in_the_middle)
         assert train.main(program(tmp_path)) == 130
     err = capsys.readouterr().err
-    assert err.startswith("interrupted: go on with: python ")
+    assert err.startswith(f"interrupted: go on with: {sys.executable} ")
     assert err.endswith(f"--checkpoint {tmp_path} --out {tmp_path}/out --resume\n")
     assert err.count("\n") == 1
 
