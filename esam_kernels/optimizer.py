@@ -77,8 +77,9 @@ class ESAM(Optimizer):
             first step has no history and is the base optimizer's. See :mod:`esam_kernels.perturbation.ascent`.
         ascent_share: share of the batch that pass 1 uses, in (0, 1]. At 0.25 ``step`` finds e on the first quarter of
             the batch (which has to be shuffled, as a ``DataLoader`` with ``shuffle=True`` does), and pass 2 takes the
-            whole batch. With beta = 1 that costs 1.25 steps of the base optimizer, where SAM costs 2. Below 1 it needs
-            gamma = 1 and ascent="current". In a loop of your own, give ``backward`` the loss of that part.
+            whole batch. Of b samples pass 1 takes round(ascent_share b), but at least 2, and with ``micro_batch`` so
+            many of each part. With beta = 1 a quarter costs 1.25 steps of the base optimizer, where SAM costs 2. Below
+            1 it needs gamma = 1 and ascent="current". In a loop of your own, give ``backward`` the loss of that part.
         seed: of the draws. The same seed draws the same on every device and backend.
         model: the model that is trained. If it is given, its BatchNorm statistics move in the first forward of a step
             only. A model that is wrapped in DistributedDataParallel, or sharded by ``fully_shard``, has to be given, as
@@ -231,7 +232,8 @@ class ESAM(Optimizer):
 
         Passes over the model are counted: a forward is 1, a backward 2 (1 for the gradients of the inputs of each
         layer, 1 for those of the weights), so that the base optimizer's step is 3. ESAM at beta = 0.6 and gamma = 0.5
-        makes 3 + beta + 3 gamma = 5.1 of them: 1.7.
+        makes 3 + beta + 3 gamma = 5.1 of them: 1.7. The shares of the batch are taken as they are set, before they are
+        rounded to samples.
         """
         return relative_cost(self._phases)
 
@@ -568,7 +570,9 @@ class ESAM(Optimizer):
 
         Args:
             closure: see above.
-            batch: tensors whose first dimension counts the samples, or dicts, lists and tuples of such.
+            batch: tensors whose first dimension counts the samples, or dicts, lists and tuples of such. Numbers,
+                strings and None inside them, also lists of these, are handed on whole, whatever part of the batch a
+                pass takes.
             micro_batch: at most so many samples at a time, each part with its own perturbation and its own B+
                 (m-sharpness); the gradients of the second passes add up to that of the mean over all B+.
             max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does.

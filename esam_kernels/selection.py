@@ -341,18 +341,38 @@ def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
     if isinstance(returned, tuple) and returned:
         losses, *others = returned
         rest = others[0] if len(others) == 1 else tuple(others)
-    check_losses(losses, samples)
+    check_losses(losses)
+    if losses.shape[0] != samples:
+        raise ValueError(
+            f"the closure's losses hold {losses.shape[0]} samples, the batch {samples}: compute them from the "
+            "closure's arguments, which may be a part of the batch that step was given"
+        )
     return losses, rest
 
 
 def num_ascent(share: float, samples: int) -> int:
-    """How many samples pass 1 takes: round(share b), but at least 2, which BatchNorm needs to normalize."""
+    """How many samples pass 1 takes: round(share b), at least 2, which BatchNorm needs to normalize, and at most b."""
     return min(samples, max(2, round(share * samples)))
 
 
 def samples_between(batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
-    """The samples [start, stop) of each tensor, as views."""
-    return pytree.tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, batch)  # type: ignore[no-any-return]
+    """The samples [start, stop) of each tensor, as views; of sparse ones copies.
+
+    Raises:
+        ValueError: a tensor in a layout that cannot be cut.
+    """
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.sparse_coo:
+            return tensor.narrow_copy(0, start, min(stop, len(tensor)) - start)
+        if tensor.layout is not torch.strided:
+            raise ValueError(
+                f"a tensor of the batch has the layout {tensor.layout}, of which ascent_share below 1 and micro_batch "
+                "cannot take a part: give a dense tensor, or one in torch.sparse_coo"
+            )
+        return tensor[start:stop]
+
+    return pytree.tree_map_only(Tensor, cut, batch)  # type: ignore[no-any-return]
 
 
 def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ...]]:

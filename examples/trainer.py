@@ -153,7 +153,7 @@ class Trainer:
         return partial(self.optimizer.step, self.losses, micro_batch=self.options.micro_batch)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step of training; returns the mean loss at the weights before it, on the device."""
+        """One step of training; returns the mean loss of the batch, as the optimizer's ``step`` does, on the device."""
         if isinstance(self.optimizer, ESAM):
             if self._sharpness_aware_step is None:
                 self._sharpness_aware_step = self._make_step(images, labels)

@@ -89,8 +89,9 @@ class ClosureStep:
         if share < 1.0:
             raise RuntimeError(
                 f"step(closure) needs ascent_share = 1, got {share:g}: the closure computes the whole batch, also in "
-                "pass 1. Give step the function of the losses and the batch, step(losses, *batch), or set "
-                "optimizer.ascent_share = 1.0"
+                "pass 1. Give step the function of the losses and the batch, step(losses, *batch). Where a framework "
+                "calls step(closure), call backward with the loss of a part of the batch, first_step and second_step "
+                "in your training step, or set optimizer.ascent_share = 1.0"
             )
         had_gradients = [] if is_sure else [param for param in params if param.grad is not None]
         phases.drop_gradients()

@@ -11,7 +11,7 @@ import torch
 from small_training import assert_same_bits, small_net, snapshot
 from torch.utils.data import DataLoader, TensorDataset
 
-from esam_kernels import ESAM, cross_entropy
+from esam_kernels import ESAM, SAM, cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*pin_memory")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "integrations"
@@ -106,6 +106,35 @@ def test_lightning_manual_trains_as_step_does(lightning, precision):
         for batch in loader:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
                 optimizer.step(by_hand.losses, *batch)
+    assert_same_bits(snapshot(model), snapshot(by_hand))
+
+
+def test_lightning_with_pass_1_on_a_quarter_trains_as_step_does(lightning):
+    """The training step of docs/frameworks.md."""
+    example = load_example("lightning_manual")
+
+    class Quarter(example.Classifier):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            sam = optimizer.optimizer
+            quarter = [tensor[: max(2, len(tensor) // 4)] for tensor in batch]
+            sam.backward(self.losses(*quarter).mean())
+            sam.first_step(zero_grad=True)
+            self.manual_backward(self.losses(*batch).mean())
+            optimizer.step()
+            sam.zero_grad()
+
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, ascent_share=0.25, model=self)
+
+    loader = digit_loader(example)
+    model, by_hand = without_dropout(Quarter()), without_dropout(Quarter())
+    trainer = quiet_trainer(lightning, max_epochs=1)
+    trainer.fit(model, loader)
+    assert trainer.global_step == len(loader)
+    optimizer = by_hand.configure_optimizers()
+    for batch in loader:
+        optimizer.step(by_hand.losses, *batch)
     assert_same_bits(snapshot(model), snapshot(by_hand))
 
 

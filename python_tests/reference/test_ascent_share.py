@@ -84,6 +84,38 @@ def test_the_closure_sees_the_first_quarter_and_then_the_whole_batch():
     assert torch.equal(seen[1], inputs)
 
 
+def test_a_sparse_batch_is_cut_as_a_dense_one_is():
+    (model, optimizer), (other, dense) = build(), build()
+    inputs, target = oracles.batch(SAMPLES)
+    inputs = inputs.relu()
+    for each, its, given in ((model, optimizer, inputs.to_sparse()), (other, dense, inputs)):
+        torch.manual_seed(0)
+        its.step(lambda x, y, each=each: oracles.losses_of(each)(x.to_dense(), y), given, target, micro_batch=6)
+    assert oracles.same_bits(oracles.weights_of(model), oracles.weights_of(other))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize(("share", "kwargs"), [(0.25, {}), (1.0, {"micro_batch": 6})])
+def test_a_layout_that_cannot_be_cut_is_refused(share, kwargs):
+    model, optimizer = build(share=share)
+    inputs, target = oracles.batch(SAMPLES)
+
+    def losses(x, y):
+        return oracles.losses_of(model)(x.to_dense(), y)
+
+    message = "has the layout torch.sparse_csr, of which ascent_share below 1 and micro_batch cannot take a part"
+    given = (losses, inputs.to_sparse_csr(), target)
+    oracles.assert_refused(lambda: optimizer.step(*given, **kwargs), ValueError, message, model, optimizer)
+
+
+def test_losses_of_another_batch_than_the_closure_was_called_with_are_refused_with_what_to_do():
+    model, optimizer = build()
+    batch = oracles.batch(SAMPLES)
+    message = "hold 16 samples, the batch 4: compute them from the closure's arguments, which may be a part"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda *_: oracles.losses_of(model)(*batch), *batch)
+
+
 def test_loss_and_rest_are_those_of_the_pass_that_sees_the_whole_batch():
     model, optimizer = build()
     inputs, target = oracles.batch(SAMPLES)
