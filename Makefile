@@ -56,6 +56,7 @@ gpu: $(READY)
 # The site, in build/site: a warning, a broken link or an undocumented public name fails.
 docs: $(READY)
 	$(RUN) -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
+	@echo "The site is in build/site; make docs-serve shows it in a browser."
 
 # sdist and wheel, in dist/, tried in fresh environments.
 dist: $(READY)
@@ -70,7 +71,7 @@ sanitize: $(READY)
 	$(RUN) tools/sanitize.py $(ARGS)
 
 docs-serve: docs
-	$(RUN) -m http.server --directory build/site 8000
+	$(RUN) -m http.server --bind 127.0.0.1 --directory build/site 8000
 
 doctor: $(READY)
 	$(RUN) -m esam_kernels doctor
