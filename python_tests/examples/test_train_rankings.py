@@ -87,8 +87,9 @@ def test_the_table_has_the_counted_cost_of_each_optimizer():
 def test_esam_fast_trains_from_its_recipe(tmp_path, capsys):
     arguments = ["--recipe", "cifar10-resnet18-esam-fast", *SMALL, "--model", "cnn", "--out", str(tmp_path)]
     assert train.main(arguments) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("esam ")]
-    assert " 1.25 " in line
+    row, meaning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("esam ")]
+    assert " 1.25 " in row
+    assert meaning.startswith("esam is SAM(..., ascent_share=0.25) here")
 
 
 def test_an_ascent_share_makes_pass_2_take_the_whole_batch_and_leaves_sam_alone():
