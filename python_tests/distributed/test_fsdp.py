@@ -302,7 +302,7 @@ def test_what_is_refused() -> None:
 def _refusals() -> None:
     mesh = init_device_mesh("cpu", (2,))
     model = shard(build_model())
-    with pytest.raises(ValueError, match="give the model"):
+    with pytest.raises(ValueError, match="build the optimizer with model=model"):
         ESAM(model.parameters(), **SGD)
     with pytest.raises(ValueError, match="flatten=True"):
         ESAM(model.parameters(), model=model, flatten=True, **SGD)
