@@ -133,7 +133,7 @@ class TwoPasses:
         return results
 
     def _of_part(self, phases: Phases, losses: Losses, part: Part) -> tuple[Tensor, Any]:
-        """Both passes over the part. Returns its mean loss at w, and what else the closure returned for it."""
+        """Both passes over the part. Returns its mean loss, and what else the closure returned for it."""
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
         noise = phases.noise() if phases.ranking.needs_loss_after else None
@@ -162,7 +162,7 @@ class TwoPasses:
             loss_selected, rest_selected = losses_and_rest(losses(*batch), k)
             _hand_over(part.summed, phases.perturbation.params)
             loss_selected = loss_selected.mean()
-            if share < 1.0:  # of batches of any size the same pass: that which always sees the whole batch
+            if share < 1.0:  # also where pass 1 took all samples: what is returned does not depend on the batch's size
                 loss, rest = loss_selected, rest_selected
             if k != part.selected_in_all:
                 loss_selected = loss_selected * (k / part.selected_in_all)
