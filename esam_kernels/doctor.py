@@ -34,10 +34,11 @@ def main() -> int:
         print(f"{'_' + name:<14}{_build(name)}")
     failures = 0
     for device in devices:
-        print(f"\n{device}: {_describe(device)}; default backend: {_name(backends.resolve(None, device))}")
+        print(f"\n{device}: {_describe(device)}")
+        failures += _report_default(device)
         for name in backends.NAMES:
             failures += _report(name, device)
-    print(f"\n{'all that is present is right' if failures == 0 else f'{failures} self-checks failed'}\n```")
+    print(f"\n{'all that is present is right' if failures == 0 else f'{failures} checks failed'}\n```")
     return 0 if failures == 0 else 1
 
 
@@ -75,6 +76,15 @@ def _describe(device: torch.device) -> str:
 
 def _name(backend: Backend) -> str:
     return backend.__name__.removeprefix(f"{backends.__name__}.")
+
+
+def _report_default(device: torch.device) -> int:
+    try:
+        print(f"  default backend: {_name(backends.resolve(None, device))}")
+    except (ValueError, RuntimeError) as error:
+        print(f"  no default backend: {error}")
+        return 1
+    return 0
 
 
 def _report(name: str, device: torch.device) -> int:

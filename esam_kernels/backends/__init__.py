@@ -43,8 +43,17 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 
 def wanted(name: str | None) -> str:
-    """What :func:`resolve` is to be asked for again and again: ``name``, or what the environment names now."""
-    return name or os.environ.get(ENVIRONMENT_VARIABLE) or _DEFAULT
+    """What :func:`resolve` is to be asked for again and again: ``name``, or what the environment names now.
+
+    Raises:
+        ValueError: the environment names a backend that does not exist.
+    """
+    if name:
+        return name
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named and named not in NAMES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {named!r}")
+    return named or _DEFAULT
 
 
 def resolve(name: str | None, device: torch.device) -> Backend:
@@ -54,7 +63,7 @@ def resolve(name: str | None, device: torch.device) -> Backend:
         ValueError: the name is unknown.
         RuntimeError: the backend that was asked for cannot serve this device.
     """
-    return _resolve(name or wanted(None), device)
+    return _resolve(wanted(name), device)
 
 
 def _resolve(name: str, device: torch.device) -> Backend:
@@ -76,14 +85,18 @@ def _asked(name: str) -> str:
     return ", the default" if name == _DEFAULT else ", as was asked for"
 
 
+def _from_environment(name: str) -> str:
+    return f" ({ENVIRONMENT_VARIABLE}={name})" if os.environ.get(ENVIRONMENT_VARIABLE) == name else ""
+
+
 def _choose(name: str, device: torch.device) -> Backend:
     if name != _DEFAULT:
         reason = unavailable(name, device)
         if reason is not None:
             others = ", ".join(other for other in NAMES if unavailable(other, device) is None)
             raise RuntimeError(
-                f"backend {name!r} is not available for {device.type} tensors: {reason}. Name one of those that are "
-                f"({others}), or none"
+                f"backend {name!r}{_from_environment(name)} is not available for {device.type} tensors: {reason}. "
+                f"Name one of those that are ({others}), or none"
             )
         return load(name)
     order = _DEFAULT_ORDER.get(device.type, ("reference",))

@@ -299,7 +299,7 @@ def test_missing_scikit_learn_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_backend_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ESAM_KERNELS_BACKEND", "nonsense")
-    assert "nonsense" in run_expecting_an_error([], tmp_path, capsys)
+    assert "ESAM_KERNELS_BACKEND must be one of" in run_expecting_an_error([], tmp_path, capsys)
 
 
 def test_directory_that_cannot_be_written_is_one_line(tmp_path, capsys):

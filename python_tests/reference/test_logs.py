@@ -107,3 +107,21 @@ def test_doctor_prints_one_block_to_paste(monkeypatch, capsys):
         "_cuda         not built",
     ):
         assert line in block
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fast", "ESAM_KERNELS_BACKEND must be one of reference, native, triton, cuda, got 'fast'"),
+        ("cuda", "backend 'cuda' (ESAM_KERNELS_BACKEND=cuda) is not available for cpu tensors: "),
+    ],
+)
+def test_doctor_says_which_variable_is_wrong_and_goes_on(monkeypatch, capsys, name, reason):
+    monkeypatch.setattr(doctor, "self_check", lambda backend, device: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ESAM_KERNELS_BACKEND", name)
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [each for each in lines if each.startswith(f"  no default backend: {reason}")]
+    assert "  reference  ok" in lines
+    assert lines[-2] == "1 checks failed"

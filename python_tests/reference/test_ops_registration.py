@@ -142,7 +142,8 @@ def test_a_backend_that_is_not_available_is_an_error_that_says_how_to_get_it(mon
     others = ", ".join(name for name in NAMES if unavailable(name, cpu) is None)
     assert str(refusal.value).endswith(f". Name one of those that are ({others}), or none")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
-    with pytest.raises(RuntimeError, match="not available"):
+    by_variable = rf"backend 'cuda' \({ENVIRONMENT_VARIABLE}=cuda\) is not available for cpu tensors: ."
+    with pytest.raises(RuntimeError, match=by_variable):
         ops.select(torch.rand(3), torch.rand(3), 1)
 
 
@@ -154,8 +155,13 @@ def test_an_unknown_backend_is_refused_with_the_choices():
 def test_the_environment_chooses_the_backend_and_the_argument_goes_before_it(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nonsense")
     assert resolve("reference", torch.device("cpu")) is load("reference")
-    with pytest.raises(ValueError, match="nonsense"):
+    refusal = f"^{ENVIRONMENT_VARIABLE} must be one of reference, native, triton, cuda, got 'nonsense'$"
+    with pytest.raises(ValueError, match=refusal):
         resolve("", torch.device("cpu"))
+    with pytest.raises(ValueError, match=refusal):
+        SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        resolve("fast", torch.device("cpu"))
 
 
 def test_an_optimizer_reads_the_environment_when_it_is_built(monkeypatch):
