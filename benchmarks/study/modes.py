@@ -13,7 +13,8 @@ from esam_kernels import ESAM, RankingContext, normalization_groups
 from esam_kernels.schedules import LinearSchedule, PhaseSchedule, Schedule
 
 RADII = (0.02, 0.05, 0.1, 0.2)
-# A quarter's gradient is up to twice as long as the batch's, so that its noise takes a larger part of the radius.
+# The gradient of a part of the batch is longer than the whole's (a quarter's up to twice): its noise takes a larger part
+# of the radius.
 QUARTER_RADII = tuple(2.0 * radius for radius in RADII)
 NORMALIZATION_RADII = (0.25, 0.5, 1.0, 2.0)
 MOMENTUM_RADII = (0.3, 1.0, 3.0)
@@ -139,6 +140,7 @@ MODES: tuple[Mode, ...] = (
         _half(ranking="random"),
         only_normalization=True,
     ),
+    Mode("sam-eighth", "SAM, pass 1 on an eighth of the batch", QUARTER_RADII, {"ascent_share": 0.125}),
     Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", QUARTER_RADII, {"ascent_share": 0.25}),
     Mode("sam-three-eighths", "SAM, pass 1 on three eighths of the batch", QUARTER_RADII, {"ascent_share": 0.375}),
     Mode(
