@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import ParameterList
 from torch.optim import LBFGS, Adadelta, Optimizer, SparseAdam
 
 from esam_kernels.settings import check_rho
@@ -27,7 +28,10 @@ def build_base(
         raise TypeError(
             "SparseAdam cannot be the base optimizer: it takes sparse gradients, which cannot be perturbed along"
         )
+    if callable(params) and not isinstance(params, ParameterList):
+        raise TypeError(f"params must be parameters, as model.parameters() returns them, got {type(params).__name__}")
     if not isinstance(base, Optimizer):
+        _check_names(kind, kwargs)
         built = base(params, **kwargs)
         check_options(built)
         return built, [{} for _ in built.param_groups]
@@ -50,6 +54,14 @@ def check_options(base: Optimizer) -> None:
             "differentiable=True is not supported: a step perturbs and restores the weights in place, which autograd "
             "cannot differentiate"
         )
+
+
+def _check_names(kind: type[Optimizer], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that neither ESAM nor a base optimizer of this kind has."""
+    known = inspect.signature(kind).parameters
+    unknown = [name for name in kwargs if name not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise TypeError(f"neither ESAM nor {kind.__name__} has an argument {', '.join(unknown)}")
 
 
 def keep_radii(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:

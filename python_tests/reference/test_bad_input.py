@@ -49,7 +49,7 @@ SHARES = [0.0, -0.1, 1.0001, math.nan, math.inf, "0.5", None, True]
         ({"model": "model"}, TypeError, r"model must be a torch.nn.Module, got str"),
         ({"backend": "fast"}, ValueError, r"unknown backend 'fast': choose one of"),
         ({"backend": "cuda"}, RuntimeError, r"backend 'cuda' is not available for cpu tensors"),
-        ({"momentun": 0.9}, TypeError, r"momentun"),
+        ({"momentun": 0.9}, TypeError, r"neither ESAM nor SGD has an argument momentun"),
         ({"lr": -1.0}, ValueError, r"[Ll]earning rate"),
     ],
 )
@@ -69,6 +69,22 @@ def test_the_constructor_refuses_arguments_outside_their_range(kwargs, error, me
     oracles.assert_refused(lambda: ESAM(params, base, **kwargs), error, message, model)
     if "rho" not in kwargs:
         assert base.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize("given", [lambda model: model, lambda model: model.parameters], ids=["model", "method"])
+def test_a_model_or_a_method_in_the_place_of_parameters_is_refused(given):
+    model = oracles.mlp()
+    message = r"params must be parameters, as model.parameters\(\) returns them, got (Sequential|method)"
+    oracles.assert_refused(lambda: SAM(given(model), torch.optim.SGD, lr=0.1), TypeError, message, model)
+
+
+def test_a_parameter_list_and_a_base_with_arguments_of_any_name_are_taken():
+    class Named(torch.optim.SGD):
+        def __init__(self, params, **kwargs):
+            super().__init__(params, lr=kwargs.pop("rate"))
+
+    weights = nn.ParameterList([nn.Parameter(torch.ones(2))])
+    assert SAM(weights, Named, rate=0.5).param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("base", [None, nn.Linear, "SGD", ESAM, SAM, torch.optim.lr_scheduler.StepLR])
