@@ -493,7 +493,10 @@ class ESAM(Optimizer):
             self._phases.drop_gradients()
 
     def restore(self) -> None:
-        """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens."""
+        """w + e -> w with no update: the step is given up. Without a ``first_step`` before, nothing happens.
+
+        The next ``first_step`` draws anew, as after ``second_step``.
+        """
         self._phases.restore()
 
     # -- the whole step ------------------------------------------------------------------------------------------------
@@ -566,7 +569,8 @@ class ESAM(Optimizer):
         given, is called first. ``step()`` where the learning rate of every group is 0 is the base optimizer's alone: so
         does torch.distributed.checkpoint create its state.
 
-        If the closure raises, the weights are restored first.
+        If the closure raises, the weights are restored first, and the next step draws the same as this one. With
+        ascent="previous" the gradient of the step before is used up by then: the next step is the base optimizer's.
 
         Args:
             closure: see above.

@@ -39,7 +39,7 @@ class WholeStep:
         scaler: torch.amp.GradScaler | None,
         first_gradients: bool | None,
     ) -> Any:
-        """What ``step`` returns. If anything raises, the weights are restored."""
+        """What ``step`` returns. If anything raises, the weights are restored, and the step has not been counted."""
         phases = self._phases
         if scaling is not None and closure is not None:
             raise RuntimeError(
@@ -60,6 +60,7 @@ class WholeStep:
             raise ValueError(
                 "first_gradients belongs to step(closure): with a batch, step computes all gradients itself"
             )
+        step = phases.perturbation.step
         with torch.enable_grad():
             try:
                 if batch:
@@ -69,6 +70,7 @@ class WholeStep:
                 return loss
             except BaseException:
                 phases.give_up()
+                phases.perturbation.step = step
                 raise
 
     def is_skipped(self, found_inf: Tensor) -> bool:

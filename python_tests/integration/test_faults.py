@@ -182,6 +182,56 @@ def test_an_exception_in_the_closure_leaves_everything_as_it_was(error, call):
     optimizer.step(losses_of(model), *batch(1))
 
 
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("options", [{"mask": "tensor"}, {"mask": "element"}, {"ranking": "random"}], ids=str)
+def test_a_step_that_raised_draws_the_same_when_it_is_tried_again(options, call):
+    results = []
+    for fails in (True, False):
+        model = small_net(dropout=0.0, batch_norm=False)
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3, **options)
+        optimizer.step(losses_of(model), *batch(0), micro_batch=8)
+        calls = iter(range(100))
+
+        def failing(inputs, targets, model=model, calls=calls):
+            if next(calls) == call:
+                raise RuntimeError("out of memory")
+            return losses_of(model)(inputs, targets)
+
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step(failing, *batch(1), micro_batch=8)
+        optimizer.step(losses_of(model), *batch(1), micro_batch=8)
+        results.append(snapshot(model))
+        assert optimizer.state_dict()["esam"]["step"] == 4
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("first_gradients", [True, False])
+def test_a_closure_that_raised_at_the_perturbed_weights_draws_the_same_again(first_gradients):
+    results = []
+    for fails in (True, False):
+        model = small_net(dropout=0.0, batch_norm=False)
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, mask="element")
+        before = [param.detach().clone() for param in model.parameters()]
+
+        def closure(fails=False, model=model, optimizer=optimizer, before=before):
+            if fails and any(not torch.equal(param, old) for param, old in zip(model.parameters(), before)):
+                raise RuntimeError("out of memory")
+            loss = losses_of(model)(*batch(0)).mean()
+            loss.backward()
+            return loss
+
+        if fails:
+            closure()
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step(lambda closure=closure: closure(fails=True), first_gradients=first_gradients)
+            optimizer.zero_grad()
+        closure()
+        optimizer.step(closure, first_gradients=first_gradients)
+        results.append(snapshot(model))
+    assert_same_bits(*results)
+
+
 def test_an_exception_in_a_loop_of_three_phases_is_undone_by_restore():
     model = small_net()
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
