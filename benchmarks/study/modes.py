@@ -13,8 +13,8 @@ from esam_kernels import ESAM, RankingContext, normalization_groups
 from esam_kernels.schedules import LinearSchedule, PhaseSchedule, Schedule
 
 RADII = (0.02, 0.05, 0.1, 0.2)
-# The gradient of a part of the batch is longer than the whole's (a quarter's up to twice): its noise takes a larger part
-# of the radius.
+# The gradient of a part of the batch is longer than the whole's (a quarter's up to twice): its noise takes a larger
+# part of the radius.
 QUARTER_RADII = tuple(2.0 * radius for radius in RADII)
 NORMALIZATION_RADII = (0.25, 0.5, 1.0, 2.0)
 MOMENTUM_RADII = (0.3, 1.0, 3.0)
