@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import matplotlib
-from matplotlib import pyplot as plt
 
 from benchmarks import rows as results
 from benchmarks.harness import OURS
 from benchmarks.rows import Row
 from benchmarks.tables import by_case, number
-
-matplotlib.use("Agg")
 
 COLOURS = {
     OURS: "#c1440e",
@@ -40,6 +36,10 @@ def bars(
     unit_line: float | None = None,
 ) -> None:
     """Horizontal bars: a group for each case, in it a bar for each implementation, its number behind it."""
+    import matplotlib
+    from matplotlib import pyplot as plt
+
+    matplotlib.use("Agg")
     groups = [(case, found) for (_, case), found in by_case(rows).items() if any(value(row) for row in found.values())]
     if not groups:
         return
@@ -133,7 +133,11 @@ def by_method(rows: Sequence[Row]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of rows; all of them by default")
-    folders = parser.parse_args().folders or sorted(path for path in results.RESULTS.iterdir() if path.is_dir())
+    given = parser.parse_args().folders
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no plots are drawn (pip install matplotlib)")
+        return
+    folders = given or sorted(path for path in results.RESULTS.iterdir() if path.is_dir())
     for folder in folders:
         draw(folder)
 

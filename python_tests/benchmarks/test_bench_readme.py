@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 
 import pytest
 
@@ -127,9 +129,18 @@ def test_memory_is_drawn_by_method():
 
 
 def test_plots_are_drawn_from_the_rows(folder):
+    pytest.importorskip("matplotlib")
     plots.draw(folder / "cpu")
     assert (folder / "cpu" / "perturb_fp32.png").stat().st_size > 10_000
     assert not (folder / "cpu" / "memory.png").exists()
+
+
+def test_without_matplotlib_one_line_says_so_and_nothing_fails(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plots", str(folder / "cpu")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plots.main()
+    assert capsys.readouterr().out == "matplotlib is not installed: no plots are drawn (pip install matplotlib)\n"
+    assert not list(folder.rglob("*.png"))
 
 
 def test_a_study_block_shows_mean_and_spread_of_each_optimizer(tmp_path):

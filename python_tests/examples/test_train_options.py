@@ -118,12 +118,6 @@ def test_graph_makes_a_graphed_step_for_the_usual_batch():
     assert step.closure == trainer.losses
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphed_training_is_the_eager_one(capsys):
-    arguments = ["--device", "cuda", "--mask", "element", "--limit", "64", "--gamma-warmup", "0", "--channels-last"]
-    assert history(capsys, *arguments, "--graph")[0] == history(capsys, *arguments)[0]
-
-
 def test_micro_batch_perturbs_the_parts_of_a_batch_by_themselves():
     trainer = trainer_of("esam", "--micro-batch", "4", "--gamma-warmup", "0")
     whole = trainer_of("esam", "--gamma-warmup", "0")

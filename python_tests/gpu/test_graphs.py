@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import train
 from busy import AT_ONCE_SECONDS, while_busy
 from steps import BATCH, Training, assert_same_weights, batches, set_lr
 from torch import nn
@@ -261,3 +262,13 @@ def test_a_base_that_counts_on_the_host_is_refused(backend_name, device):
     training.optimizer = type(training.optimizer)(params, torch.optim.AdamW(params), backend=backend_name)
     with pytest.raises(ValueError, match="capturable"):
         make_graphed_step(training.optimizer, training.losses, *batches(device, 1)[0])
+
+
+def test_the_example_trains_with_a_graph_as_without(device):
+    options = ["--data", "synthetic-cifar10", "--limit", "64", "--batch-size", "8", "--epochs", "2", "--seeds", "1"]
+    options += ["--optimizer", "sam", "esam", "--device", device.type, "--channels-last"]
+    options += ["--mask", "element", "--gamma-warmup", "0"]
+    graphed, eager = (train.train(train.parse_options([*options, *graph])) for graph in (["--graph"], []))
+    for ours, expected in zip(graphed, eager, strict=True):
+        for one, other in zip(ours["history"], expected["history"], strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}

@@ -68,11 +68,22 @@ def test_without_a_venv_and_without_torch_one_line_says_so(project, tmp_path):
 
 
 @pytest.fixture
-def run_tiers(monkeypatch):
+def runner(monkeypatch):
     spec = importlib.util.spec_from_file_location("run_tiers", ROOT / "python_tests" / "run_tiers.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "run_tiers", module)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def all_tiers(runner):
+    return runner.TIERS
+
+
+@pytest.fixture
+def run_tiers(runner, monkeypatch):
+    module = runner
     monkeypatch.setattr(module, "TIERS", [module.Tier("here"), module.Tier("elsewhere", lambda: "there is no card")])
     return module
 
@@ -107,6 +118,24 @@ def test_a_tier_of_another_ones_tests_runs_them_in_its_own_environment(run_tiers
     monkeypatch.setattr(run_tiers, "ROOT", tmp_path)
     on_cpu = run_tiers.Tier("here_on_cpu", environment={"DEVICE": "cpu"}, folder="here")
     assert run_tiers.run(on_cpu) == (True, {"passed": 1})
+
+
+@pytest.mark.parametrize("needs_card", [False, True])
+def test_a_tier_that_needs_no_card_sees_none(run_tiers, tmp_path, monkeypatch, needs_card):
+    """What is tested on the CPU would otherwise run on the GPU of a machine that has one: train.py takes it."""
+    tests = tmp_path / "python_tests" / "here"
+    tests.mkdir(parents=True)
+    seen = "7" if needs_card else ""
+    (tests / "test_it.py").write_text(
+        f"import os\ndef test_it(): assert os.environ['CUDA_VISIBLE_DEVICES'] == {seen!r}\n"
+    )
+    monkeypatch.setattr(run_tiers, "ROOT", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert run_tiers.run(run_tiers.Tier("here", needs_card=needs_card)) == (True, {"passed": 1})
+
+
+def test_only_the_gpu_tier_sees_the_card(all_tiers):
+    assert [tier.name for tier in all_tiers if tier.needs_card] == ["gpu"]
 
 
 def test_without_pytest_one_line_says_so(run_tiers, monkeypatch, capsys):
