@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,18 +63,15 @@ def cases(context: Context) -> Iterator[Case]:
     # HeavyBall compiles its steps.
     names = [name for name in installed() if name != HEAVYBALL or context.inductor != "without"]
     compiled = [INDUCTOR] if context.sizes.compiles and context.inductor != "without" else []
+    contenders = (OURS, *names, "foreach", *compiled, "as released", SGD_ALONE)
     network = context.sizes.network
     parts = (
-        (
-            f"{network} fp32 SAM(SGD), optimizer's part",
-            optimizers_part,
-            (OURS, *names, "foreach", *compiled, "as released", SGD_ALONE),
-        ),
-        (f"{network} b{context.sizes.batch} fp32 SAM(SGD), whole step", whole_step, (OURS, *names, SGD_ALONE)),
+        (f"{network} fp32 SAM(SGD), optimizer's part", optimizers_part),
+        (f"{network} b{context.sizes.batch} fp32 SAM(SGD), whole step", whole_step),
     )
-    for title, make, contenders in parts:
+    for title, make in parts:
 
-        def run(seconds: float, title: str = title, make: Any = make, contenders: Any = contenders) -> list[Row]:
+        def run(seconds: float, title: str = title, make: Any = make) -> list[Row]:
             measurement = context.measure([make(context, name) for name in contenders], seconds, with_copy=False)
             return of_measurement("packages", title, measurement, context.device, backend=context.backend_name())
 
@@ -123,16 +121,22 @@ def optimizers_part(context: Context, name: str) -> Contender:
 
 
 def _compiled(context: Context) -> Contender:
+    params = list(_network(context).parameters())
+    gradients = itertools.cycle([[torch.full_like(param.detach(), 1e-3) for param in params] for _ in range(2)])
+    return Contender(INDUCTOR, [_compiled_step(params, gradients.__next__)])
+
+
+def _compiled_step(params: Sequence[Tensor], gradients: Callable[[], list[Tensor]]) -> Callable[[], None]:
     """What "foreach" does, under ``torch.compile``: perturb, then restore and update."""
-    params = [param.detach() for param in _network(context).parameters()]
-    first, second = ([torch.full_like(param, 1e-3) for param in params] for _ in range(2))
-    buffers = [torch.zeros_like(param) for param in params]
+    weights = [param.detach() for param in params]
+    buffers = [torch.zeros_like(weight) for weight in weights]
     perturb, update = peers.compiled(peers.foreach_perturb), peers.compiled(peers.restore_and_sgd)
 
     def run() -> None:
-        update(params, perturb(params, first, RHO), second, buffers, *SGD.values())
+        moves = perturb(weights, gradients(), RHO)
+        update(weights, moves, gradients(), buffers, *SGD.values())
 
-    return Contender(INDUCTOR, [run])
+    return run
 
 
 def whole_step(context: Context, name: str) -> Contender:
@@ -145,19 +149,33 @@ def whole_step(context: Context, name: str) -> Contender:
     @functools.cache
     def step() -> Callable[[], Any]:
         model = _network(context)
-        optimizer = build(name, list(model.parameters()), context.backend)
+        params = list(model.parameters())
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = F.cross_entropy(model(images), target)
             loss.backward()
             return loss
 
+        def gradients() -> list[Tensor]:
+            closure()
+            return [param.grad for param in params]
+
+        if name == INDUCTOR:
+            return _compiled_step(params, gradients)
+        optimizer = build(name, params, context.backend)
+
         def run() -> None:
             if name != HEAVYBALL:  # its wrapper calls the closure twice
                 closure()
-            optimizer.step(closure)
+            if name in MODULES:
+                optimizer.step(closure)
+                return
+            optimizer.first_step(zero_grad=True)
+            closure()
+            optimizer.second_step(zero_grad=True)
 
         return run
 
-    return Contender(name, [lambda: step()()])
+    # Made before the first run of any: ``peers.compiled`` forgets what HeavyBall has compiled.
+    return Contender(name, [step() if name == INDUCTOR else lambda: step()()])
