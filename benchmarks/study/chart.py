@@ -1,4 +1,7 @@
-"""The chart of the study: test accuracy against the counted cost of a step, a panel for each setting."""
+"""The chart of the study: test accuracy against the counted cost of a step, a panel for each setting.
+
+It shows the modes that the package has.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ from data import UserError
 COLUMNS = 3
 # In points of accuracy: smaller differences than this do not fill a panel.
 LEAST_HEIGHT = 2.0
-# By what is perturbed: marker and the word in the legend.
-MARKERS = {"sgd": "*", "whole": "o", "normalization": "s", "momentum": "^"}
-# The modes that the eye should find first: what is compared with, and what the README names first.
-STRONG = {"sgd": "black", "sam": "black", "sam-quarter": "crimson"}
+# By what is perturbed.
+MARKERS = {"sgd": "*", "whole": "o", "drawn": "D", "normalization": "s", "momentum": "^"}
+# The modes that the eye should find first: what is compared with, what the README names first, and the paper's.
+STRONG = {"sgd": "black", "sam": "black", "sam-quarter": "crimson", "esam": "royalblue"}
+SHOWN = [mode for mode in MODES if mode.is_in_package]
 
 
 def kind(mode: Mode) -> str:
@@ -31,7 +35,9 @@ def kind(mode: Mode) -> str:
         return "sgd"
     if mode.settings.get("ascent") == "momentum":
         return "momentum"
-    return "normalization" if mode.only_normalization else "whole"
+    if mode.only_normalization:
+        return "normalization"
+    return "drawn" if mode.settings.get("beta", 1.0) < 1.0 else "whole"
 
 
 def digest(summary: Summary) -> str:
@@ -75,9 +81,9 @@ def draw(summary: Summary, path: Path) -> None:
             axis.set_axis_off()
         figure.supxlabel("price of a step, in steps of SGD")
         figure.supylabel("test accuracy, %")
-        names = sorted(handles, key=[mode.text for mode in MODES].index)
+        names = sorted(handles, key=[mode.text for mode in SHOWN].index)
         figure.legend(
-            [handles[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False
+            [handles[name] for name in names], names, loc="outside upper center", ncols=columns, frameon=False
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
@@ -88,7 +94,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 
 def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: dict[str, Any]) -> None:
-    for number, mode in enumerate(MODES):
+    for number, mode in enumerate(SHOWN):
         result = summary.result(setting.name, mode.name)
         if result is None:
             continue

@@ -42,6 +42,11 @@ class Mode:
         """Whether pass 2 takes only B+."""
         return self.settings.get("gamma", 1.0) < 1.0
 
+    @property
+    def is_in_package(self) -> bool:
+        """Whether a user of the package can take it: neither the step nor the ranking is the study's own."""
+        return self.sharpness_share == 1.0 and not isinstance(self.settings.get("ranking"), type)
+
     def optimizer(
         self, model: nn.Module, rho: float | None, seed: int, steps: int, **base: Any
     ) -> tuple[torch.optim.Optimizer, list[Schedule]]:

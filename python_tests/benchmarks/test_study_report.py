@@ -93,6 +93,23 @@ def test_the_chart_is_drawn(tmp_path):
     assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_chart_shows_what_was_measured_of_the_packages_modes(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    legends, draw = [], figure.Figure.legend
+
+    def legend(self, handles, names, **options):
+        legends.append({name: (h.lines[0].get_color(), h.lines[0].get_marker()) for name, h in zip(names, handles)})
+        return draw(self, handles, names, **options)
+
+    monkeypatch.setattr(figure.Figure, "legend", legend)
+    values = [90.0] * 10
+    summary = summary_of(
+        tmp_path, sgd=values, sam=values, esam=values, softened=values, sharp_quarter=values, norm_sharp_quarter=values
+    )
+    chart.draw(summary, tmp_path / "chart.png")
+    assert legends == [{"SGD": ("black", "*"), "SAM": ("black", "o"), "ESAM, the paper's": ("royalblue", "D")}]
+
+
 def test_pages_and_chart_are_what_the_rows_say(capsys):
     assert report.update(Rows(RESULTS / "study" / "cpu.json"), ROOT, check=True) == 0, capsys.readouterr().err
     blocks = [[what for _, what, _ in report.BLOCK.findall((ROOT / page).read_text())] for page in report.PAGES]
