@@ -108,7 +108,9 @@ def optional(build_extension: type) -> type:
                 super().build_extensions()
             except Exception as error:
                 report(f"compilation failed ({str(error).splitlines()[0]})")
-                self.extensions = []
+                self.extensions = [one for one in self.extensions if isinstance(one, build_cuda.CudaExtension)]
+                for extension in self.extensions:
+                    self.build_extension(extension)
 
     return OptionalBuildExtension
 

@@ -193,18 +193,39 @@ def tree(tmp_path):
     return copy
 
 
-def test_a_failed_compilation_leaves_no_older_extension(tree, tmp_path):
-    compiler = tmp_path / "failing"
-    compiler.write_text("#!/bin/sh\necho 'no such flag' >&2; exit 1\n")
-    compiler.chmod(0o755)
+def program(path, script):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def failing_compiler(tmp_path):
+    return program(tmp_path / "failing", "echo 'no such flag' >&2; exit 1")
+
+
+def test_a_failed_compilation_leaves_no_older_extension(tree, failing_compiler):
     older = tree / "esam_kernels" / "_native.cpython-311-x86_64-linux-gnu.so"
     older.write_bytes(b"older")
-    said = build(tree, "build_ext", "--inplace", CXX=str(compiler), ESAM_KERNELS_CUDA="0")
+    said = build(tree, "build_ext", "--inplace", CXX=failing_compiler, ESAM_KERNELS_CUDA="0")
     assert "compilation failed" in said
     assert not older.exists()
     record = json.loads((tree / "esam_kernels" / "_build.json").read_text())
     assert record["native"]["missing"].startswith("compilation failed")
     assert record["cuda"]["missing"] == "ESAM_KERNELS_CUDA was 0 when the package was built"
+
+
+def test_a_failed_compilation_for_the_cpu_leaves_the_cuda_extension(tree, tmp_path, failing_compiler):
+    """nvcc here writes an empty file to whatever stands behind -o."""
+    nvcc = 'echo "release 13.0"; while [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done; exit 0'
+    program(tmp_path / "bin" / "nvcc", nvcc)
+    environment = {"CXX": failing_compiler, "CUDA_HOME": str(tmp_path), "ESAM_KERNELS_CUDA": "1"}
+    assert "compilation failed" in build(tree, "build_ext", "--inplace", **environment)
+    assert [path.name.split(".")[0] for path in (tree / "esam_kernels").glob("*.so")] == ["_cuda"]
+    record = json.loads((tree / "esam_kernels" / "_build.json").read_text())
+    assert record["native"]["missing"].startswith("compilation failed")
+    assert "missing" not in record["cuda"]
 
 
 def test_a_build_without_extensions_records_why(tree):
