@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import loss_checks
@@ -331,6 +332,18 @@ def test_each_stage_is_one_launch(backend, device, emulated):
 
 
 def test_self_check_of_the_doctor(backend, device):
+    assert self_check(backend, device) == []
+
+
+def test_self_check_of_the_doctor_where_the_reference_computes_as_on_a_gpu(backend, device, monkeypatch):
+    """Counters on a GPU: torch's Adam then divides by the step size before it adds eps, in the dtype of the weights."""
+    single_tensor_adam = reference.adam
+    monkeypatch.setattr(
+        importlib.import_module("torch.optim.adam"), "_get_capturable_supported_devices", lambda: ["cpu"]
+    )
+    monkeypatch.setattr(
+        reference, "adam", lambda *lists, **options: single_tensor_adam(*lists, **{**options, "capturable": True})
+    )
     assert self_check(backend, device) == []
 
 
