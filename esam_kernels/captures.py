@@ -45,6 +45,11 @@ class Captures:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    @property
+    def hold_a_graph(self) -> bool:
+        """Whether any of them is captured."""
+        return any(capture.graph is not None for capture in self._by_key.values())
+
     def find(self, key: Hashable, memory: list[Tensor]) -> Capture | None:
         """The kind of step of this key; None where it is new, or where a tensor of ``memory`` has moved since."""
         capture = self._by_key.get(key)

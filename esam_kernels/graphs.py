@@ -141,7 +141,7 @@ class _GraphedStep(_EagerStep):
         self._layout = _layout(self._inputs)
         self._samples = batch_size(self._inputs)
         self._stream = torch.cuda.Stream(self._device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._captures = Captures(MAX_GRAPHS)
         self._steps_until_capture = WARMUP_STEPS
         self._noise = CapturedNoise(self._device)
@@ -233,6 +233,9 @@ class _GraphedStep(_EagerStep):
     def _capture(self, capture: Capture) -> None:
         check_failures()
         uploads.refill()
+        if not self._captures.hold_a_graph:
+            # torch's allocator refuses a pool whose graphs are all gone while a piece of its memory is in use.
+            self._pool = torch.cuda.graph_pool_handle()
         self.optimizer._phases.drop_gradients()
         before = HostState(self.optimizer)
         graph = torch.cuda.CUDAGraph()
@@ -267,7 +270,6 @@ class _GraphedStep(_EagerStep):
         give_up(graph, self._pool, self._device)
         self._noise.mend()
         self._captures.clear()
-        self._pool = torch.cuda.graph_pool_handle()
 
     def _replay(self, capture: Capture) -> Any:
         optimizer, perturbation, phases = self.optimizer, self.optimizer._perturbation, self.optimizer._phases

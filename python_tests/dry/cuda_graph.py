@@ -11,6 +11,8 @@ graph's. What libraries of CUDA allocate for themselves cannot be seen on a CPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,19 +185,24 @@ class Graph:
         """Those that are captured."""
         self.recorder = _Recorder(device)
         self.is_broken = self._is_whole = False
+        self._pool: Any = None
+
+    def __del__(self) -> None:
+        self.reset()
 
     def register_generator_state(self, generator: Generator) -> None:
         self._states.append(generator.state)
 
-    def capture_begin(self) -> None:
+    def capture_begin(self, pool: Any) -> None:
         assert self._device.graph is None
+        self._device.use_pool(pool)
+        self._pool = pool
         self._states.append(self._device.generator.state)
         for state in self._states:
             state.is_capturing = True
         self._numbers = torch.get_rng_state()
         self._device.graph = self
         self._device.open_pools += 1
-        self._device.users_of_pools += 1
         self._device.recorder = self.recorder
         self.recorder.__enter__()
 
@@ -214,7 +221,8 @@ class Graph:
     def reset(self) -> None:
         """Lets go of what was recorded, and of the pool where the capture has ended as it should."""
         self.recorder = _Recorder(self._device)
-        self._device.users_of_pools -= self._is_whole
+        if self._is_whole:
+            self._device.release_pool(None, self._pool)
         self._is_whole = False
 
     def replay(self) -> None:
@@ -234,7 +242,7 @@ class Device:
 
     graph: Graph | None = None
     """The one that is being captured."""
-    captures: list[Graph] = field(default_factory=list)
+    captures: list[weakref.ref[Graph]] = field(default_factory=list)
     replays: int = 0
     is_replaying: bool = False
     """Python runs that would not run on a GPU."""
@@ -243,8 +251,8 @@ class Device:
     """The capture_error_mode of each capture."""
     open_pools: int = 0
     """Captures that the allocator believes to be going on."""
-    users_of_pools: int = 0
-    """Graphs and captures that hold a pool of memory."""
+    pools: dict[Any, int] = field(default_factory=dict)
+    """By the handle of each pool of memory that was used, how many graphs and captures hold it."""
     on_host: list[Tensor] = field(default_factory=list)
     """Tensors that are not on the device."""
     launches: list[Any] = field(default_factory=list)
@@ -285,8 +293,23 @@ class Device:
         return calls
 
     def new_graph(self) -> Graph:
-        self.captures.append(Graph(self))
-        return self.captures[-1]
+        graph = Graph(self)
+        self.captures.append(weakref.ref(graph))
+        return graph
+
+    @property
+    def users_of_pools(self) -> int:
+        """Graphs and captures that hold a pool of memory."""
+        return sum(self.pools.values())
+
+    def use_pool(self, pool: Any) -> None:
+        """torch's allocator, which lets go of a pool when the last of its graphs has gone and all its memory is free.
+
+        Until then it refuses the handle. When that is nobody can tell: here the handle is refused ever after.
+        """
+        if self.pools.get(pool) == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the graphs of this pool are gone")
+        self.pools[pool] = self.pools.get(pool, 0) + 1
 
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:
@@ -305,7 +328,7 @@ class Device:
         self.modes.append(capture_error_mode)
         before, self.stream = self.stream, stream or Stream(self)
         graph.streams.append(self.stream)
-        graph.capture_begin()
+        graph.capture_begin(object() if pool is None else pool)
         try:
             yield
         finally:
@@ -320,7 +343,7 @@ class Device:
 
     def release_pool(self, index: Any, pool: Any) -> None:
         """torch._C._cuda_releasePool."""
-        self.users_of_pools -= 1
+        self.pools[pool] -= 1
 
 
 @dataclass
@@ -353,7 +376,7 @@ class Stream:
 
 def install(patch: Any) -> Device:
     """CPU tensors are on a CUDA device, as far as Python asks. ``patch`` is pytest's ``monkeypatch``."""
-    device = Device()
+    device, handles = Device(), itertools.count(1)
     patch.setattr(
         torch.Tensor,
         "is_cuda",
@@ -369,7 +392,7 @@ def install(patch: Any) -> Device:
         "Event": lambda *_: Event(device),
         "synchronize": lambda *_: device.refuse("waiting for the device (synchronize)"),
         "graph": device.capturing,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(handles)),
         "is_initialized": lambda: True,
         "is_current_stream_capturing": lambda: device.graph is not None,
         "default_generators": (device.generator,),

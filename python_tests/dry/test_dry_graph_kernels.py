@@ -119,6 +119,7 @@ def test_captures_one_after_the_other_take_no_more_pinned_memory_than_there_is(g
     for _ in range(2 * DRAW_POOL + 1):
         step(*given)
     assert (len(gpu.captures), gpu.replays) == (DRAW_POOL, DRAW_POOL + 1)
+    assert list(gpu.pools.values()) == [DRAW_POOL], "all in one pool of the device's memory"
 
 
 def test_tables_go_with_their_graphs(gpu, stand_in, device, monkeypatch):

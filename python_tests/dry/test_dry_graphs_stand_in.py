@@ -84,6 +84,18 @@ def test_what_a_capture_forbids_breaks_it(gpu, what):
     assert gpu.open_pools == 1
 
 
+def test_a_pool_serves_several_graphs_and_is_refused_when_all_are_gone(gpu):
+    pool = torch.cuda.graph_pool_handle()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
+    for graph in graphs[:2]:
+        with torch.cuda.graph(graph, pool=pool):
+            torch.ones(3)
+    assert gpu.pools == {pool: 2}
+    del graph, graphs[:2]
+    with pytest.raises(RuntimeError, match="use_count > 0"), torch.cuda.graph(graphs[0], pool=pool):
+        pass
+
+
 def test_a_stream_that_waits_for_the_captured_one_is_captured_too(gpu):
     x, main = torch.ones(3), torch.cuda.current_stream()
     main.wait_stream(torch.cuda.Stream())
