@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -48,3 +49,16 @@ def test_where_the_kernels_of_a_backend_did_not_run_the_sanitizer_has_not_passed
     monkeypatch.setattr(sanitize, "small_set", lambda device: ran)
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--inside"])
     assert sanitize.main() == (0 if len(ran) == 2 else sanitize.NOT_ALL_RAN)
+
+
+def test_calls_that_torch_makes_to_see_whether_they_fail_are_no_findings(tmp_path, monkeypatch, capsys):
+    """It would end with the exit code of an error; and it waits as long as torch takes to load."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\ncase "$*" in *"--report-api-errors no"*"--launch-timeout 0"*) exit 0;; esac\nexit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    assert sanitize.main() == 0
+    assert "memcheck: nothing found\n" in (said := capsys.readouterr().out)
+    assert "racecheck: nothing found\n" in said
