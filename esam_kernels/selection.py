@@ -335,12 +335,10 @@ def batch_size(batch: Any) -> int:
     return sizes[0]
 
 
-def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, Any]:
-    """What a closure returned: the losses, checked, and the rest of a tuple (None if there is none)."""
-    losses, rest = returned, None
-    if isinstance(returned, tuple) and returned:
-        losses, *others = returned
-        rest = others[0] if len(others) == 1 else tuple(others)
+def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """What a closure returned: the losses, checked, and the rest of a tuple (None if it returned the losses alone)."""
+    has_rest = isinstance(returned, tuple) and returned
+    losses, rest = (returned[0], returned[1:]) if has_rest else (returned, None)
     check_losses(losses)
     if losses.shape[0] != samples:
         raise ValueError(

@@ -21,8 +21,9 @@ from esam_kernels.tensor_lists import drop_gradients, gradients
 
 Losses = Callable[..., Any]
 Parts = list[tuple[Any, ...]]
-Results = list[tuple[Tensor, Any]]
-"""For each part of the batch its mean loss, detached, and what else the closure returned, both of one pass."""
+Result = tuple[Tensor, tuple[Any, ...] | None]
+"""Of a part of the batch its mean loss, detached, and what else the closure returned (None: nothing), of one pass."""
+Results = list[Result]
 
 _BASE_FORWARDS = 3.0
 
@@ -132,7 +133,7 @@ class TwoPasses:
                 phases.restore()
         return results
 
-    def _of_part(self, phases: Phases, losses: Losses, part: Part) -> tuple[Tensor, Any]:
+    def _of_part(self, phases: Phases, losses: Losses, part: Part) -> Result:
         """Both passes over the part. Returns its mean loss, and what else the closure returned for it."""
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)

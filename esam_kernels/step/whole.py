@@ -103,7 +103,7 @@ class WholeStep:
         loss = results[0][0]
         if len(parts) > 1:
             loss = torch.stack([loss * size for (loss, _), size in zip(results, sizes)]).sum() / sum(sizes)
-        rest = [extra for _, extra in results if extra is not None]
+        rest = [extra[0] if len(extra) == 1 else extra for _, extra in results if extra is not None]
         if not rest:
             return loss
         return loss, rest if micro_batch is not None else rest[0]

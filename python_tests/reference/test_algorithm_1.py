@@ -190,3 +190,18 @@ def test_what_else_the_closure_returns_comes_back_from_the_first_pass():
     loss, logits = optimizer.step(losses, inputs, target)
     assert torch.equal(logits, expected)
     assert loss.item() == cross_entropy(expected, target).mean().item()
+
+
+@pytest.mark.parametrize("settings", [{}, {"gamma": 1.0, "ascent_share": 0.5}, {"rho": 0.0}], ids=str)
+def test_none_beside_the_losses_comes_back_as_none(settings):
+    model = oracles.mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, **settings)
+    inputs, target = oracles.batch()
+
+    def losses(inputs, target):
+        return oracles.losses_of(model)(inputs, target), None if len(inputs) > 2 else "few"
+
+    _, rest = optimizer.step(losses, inputs, target)
+    assert rest is None
+    _, rests = optimizer.step(losses, inputs, target, micro_batch=10)
+    assert rests == [None, "few"]
