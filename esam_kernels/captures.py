@@ -99,9 +99,10 @@ def key_of(optimizer: ESAM, modules: list[nn.Module], samples: int) -> tuple[Any
     )
 
 
-# beta, gamma and ascent_share are in the key in their own way, and the seed's words are on the device.
-_IN_THEIR_OWN_WAY = ("beta", "gamma", "ascent_share", "seed")
-_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in _IN_THEIR_OWN_WAY)
+# beta, gamma and ascent_share are in the key in their own way. The seed is read on the device. The ranking, which may
+# have no hash, never changes.
+_NOT_AS_THEY_ARE = ("beta", "gamma", "ascent_share", "seed", "ranking")
+_FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in _NOT_AS_THEY_ARE)
 # What a group holds that a graph reads on the device, or not at all.
 _NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
 

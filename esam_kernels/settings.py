@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -47,6 +48,12 @@ class Settings:
         if self.ascent_share < 1.0:
             self._check_ascent_share()
 
+    @functools.cached_property
+    def saved(self) -> dict[str, Any]:
+        """The hyperparameters by name, as a checkpoint holds them: of a function its name. Not to be changed."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**named, "ranking": _name_of(self.ranking)}
+
     def _check_ascent_share(self) -> None:
         if self.ascent in ONE_PASS_ASCENTS:
             raise ValueError(
@@ -78,6 +85,10 @@ def check(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
     elif not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0.0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def _name_of(ranking: Any) -> str:
+    return ranking if isinstance(ranking, str) else getattr(ranking, "__name__", type(ranking).__name__)
 
 
 _CHOICES = {"ascent": ASCENTS, "mask": MASKS, "radius": RADII}

@@ -6,7 +6,6 @@ state of each parameter holds its last gradient too.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import fields, replace
 from typing import Any
@@ -32,17 +31,10 @@ _FOREIGN = frozenset(("old_p", "e_w", "old_g", "new_g", "old_grad_p"))
 
 def note(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:
     """What is saved under "esam", noted in every group too: torch.distributed.checkpoint keeps nothing else."""
-    saved = {**_named(perturbation.settings), "step": perturbation.step}
+    saved = {**perturbation.settings.saved, "version": VERSION, "step": perturbation.step}
     for group in perturbation.base.param_groups:
         group["esam"] = saved.copy()
     return saved
-
-
-@functools.lru_cache(maxsize=1)
-def _named(settings: Settings) -> dict[str, Any]:
-    """The hyperparameters by name, and the version; not to be changed."""
-    named = {name: getattr(settings, name) for name in _SETTINGS}
-    return {**named, "ranking": _name_of(settings.ranking), "version": VERSION}
 
 
 def state_dict(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:
@@ -96,18 +88,14 @@ def _settings(settings: Settings, saved: dict[str, Any]) -> Settings:
             f'the state was saved with ascent="{saved["ascent"]}", this optimizer has ascent="{settings.ascent}": '
             'build it with the same ascent, or remove "ascent" from state_dict["esam"] and from "esam" in each group'
         )
-    ranking = saved.get("ranking", _name_of(settings.ranking))
-    if ranking != _name_of(settings.ranking):
+    own = settings.saved["ranking"]
+    ranking = saved.get("ranking", own)
+    if ranking != own:
         warnings.warn(
-            f'the state was saved with ranking="{ranking}": this optimizer goes on with '
-            f'ranking="{_name_of(settings.ranking)}"',
+            f'the state was saved with ranking="{ranking}": this optimizer goes on with ranking="{own}"',
             stacklevel=6,
         )
     return replace(settings, **{name: saved[name] for name in _SETTINGS if name in saved and name not in _BUILT_IN})
-
-
-def _name_of(ranking: Any) -> str:
-    return ranking if isinstance(ranking, str) else getattr(ranking, "__name__", type(ranking).__name__)
 
 
 def _without_history(state: dict[str, Any]) -> tuple[dict[Any, Any], dict[int, Tensor]]:

@@ -1,5 +1,9 @@
 """ranking=callable: what it is given, and what it may return."""
 
+import dataclasses
+import gc
+import weakref
+
 import oracles
 import pytest
 import torch
@@ -166,3 +170,27 @@ def test_a_new_ranking_is_one_class_and_one_line_in_a_table(monkeypatch):
     assert chosen(optimizer, oracles.losses_of(model), *oracles.batch()) == oracles.ranked([0.0] * 12, losses, 6)
     assert optimizer.state_dict()["esam"]["ranking"] == "loss"
     assert optimizer.relative_cost == pytest.approx((2 + 0.6 + 3 * 0.5) / 3)
+
+
+@dataclasses.dataclass
+class Below:
+    """The hardest of those below a limit. As any dataclass that can be changed, it has no hash."""
+
+    limit: float
+
+    def __call__(self, context):
+        return torch.where(context.losses < self.limit, context.losses, -1.0)
+
+
+def test_an_object_without_a_hash_ranks_and_is_let_go():
+    model, optimizer = build(Below(1.2))
+    losses = oracles.losses_of(model)(*oracles.batch()).detach()
+    scores = torch.where(losses < 1.2, losses, -1.0)
+    assert 0 < int((scores < 0.0).sum()) < len(scores)
+    wanted = oracles.ranked([0.0] * 12, scores.tolist(), 6)
+    assert chosen(optimizer, oracles.losses_of(model), *oracles.batch()) == wanted
+    assert optimizer.state_dict()["esam"]["ranking"] == "Below"
+    held = weakref.ref(optimizer._perturbation.settings.ranking)
+    del optimizer
+    gc.collect()
+    assert held() is None
