@@ -534,8 +534,6 @@ class ESAM(Optimizer):
         closure: Callable[[], _T],
         *,
         first_gradients: bool | None = None,
-        max_grad_norm: float | None = None,
-        scaler: torch.amp.GradScaler | None = None,
     ) -> _T: ...
 
     @hooks.around_step

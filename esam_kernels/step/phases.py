@@ -267,6 +267,7 @@ class Phases:
 
     def _forget_pass_1(self) -> None:
         """The gradients of pass 1 are gone, and so is what it left at the head."""
+        self._ran_backward = False
         if self._recorder is not None and not self.weights.is_open:
             self._recorder.forget()
             self._head = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class WholeStep:
                 "scaler.step(optimizer, closure) would scale the gradients twice: call scaler.step(optimizer) after "
                 "the second backward, or optimizer.step(losses, *batch, scaler=scaler)"
             )
+        if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
+            raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
         if phases.weights.is_open and not batch:
             return self._finish(closure, scaling)
         # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
@@ -54,24 +57,28 @@ class WholeStep:
         if not callable(closure):
             raise RuntimeError("step needs a closure: step(losses, *batch), or first_step and second_step in its place")
         phases.require(perturbed=False, call="step")
-        if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
-            raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
         if batch and first_gradients is not None:
             raise ValueError(
                 "first_gradients belongs to step(closure): with a batch, step computes all gradients itself"
             )
+        with torch.enable_grad(), self._undone_if_it_raises():
+            if batch:
+                return self._on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
+            loss = self._closures.run(phases, closure, first_gradients)
+            phases.update()
+            return loss
+
+    @contextlib.contextmanager
+    def _undone_if_it_raises(self) -> Iterator[None]:
+        """Around a step: if it raises, the weights are restored, and the step has not been counted."""
+        phases = self._phases
         step = phases.perturbation.step
-        with torch.enable_grad():
-            try:
-                if batch:
-                    return self._on_batch(closure, batch, micro_batch, max_grad_norm, scaler)
-                loss = self._closures.run(phases, closure, first_gradients)
-                phases.update()
-                return loss
-            except BaseException:
-                phases.give_up()
-                phases.perturbation.step = step
-                raise
+        try:
+            yield
+        except BaseException:
+            phases.give_up()
+            phases.perturbation.step = step
+            raise
 
     def is_skipped(self, found_inf: Tensor) -> bool:
         """Whether a GradScaler skips the update that ends this step, which is then given up.
@@ -116,7 +123,10 @@ class WholeStep:
                 nn.utils.clip_grad_norm_(params, max_grad_norm)
             phases.update()
             return
-        phases.restore()
+        if phases.weights.is_open:
+            phases.restore()
+        else:
+            phases.perturbation.step += 1
         base = phases.perturbation.base
         if max_grad_norm is not None:
             scaler.unscale_(base)
@@ -127,7 +137,7 @@ class WholeStep:
     def _finish(self, closure: Callable[[], Any] | None, scaling: Scaling | None) -> Any:
         """``second_step``, or what a GradScaler makes of it."""
         phases = self._phases
-        try:
+        with self._undone_if_it_raises():
             with torch.enable_grad():
                 loss = closure() if closure is not None else None
             if scaling is None:
@@ -137,9 +147,6 @@ class WholeStep:
                 base = phases.perturbation.base
                 restore_and_scaled_step(base, *scaling, phases.restore, phases.second_step)
             phases.end()
-        except BaseException:
-            phases.restore()
-            raise
         return loss
 
     def _base_step_at_rate_zero(self) -> None:

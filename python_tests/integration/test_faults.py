@@ -232,6 +232,37 @@ def test_a_closure_that_raised_at_the_perturbed_weights_draws_the_same_again(fir
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("fails_in", ["closure", "update"])
+def test_a_step_that_ends_a_loop_and_raises_draws_the_same_again(fails_in):
+    results = []
+    for fails in (True, False):
+        model = small_net(dropout=0.0, batch_norm=False)
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, mask="element")
+        losses = losses_of(model)
+
+        def pass_2(losses=losses):
+            losses(*batch(0)).mean().backward()
+
+        def fault(*_):
+            raise RuntimeError("out of memory")
+
+        for fault_now in (True, False) if fails else (False,):
+            optimizer.zero_grad()
+            optimizer.backward(losses(*batch(0)).mean())
+            optimizer.first_step(zero_grad=True)
+            if not fault_now:
+                optimizer.step(pass_2)
+                continue
+            hook = optimizer.base_optimizer.register_step_pre_hook(fault) if fails_in == "update" else None
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step(fault if hook is None else pass_2)
+            if hook is not None:
+                hook.remove()
+        results.append(snapshot(model))
+        assert optimizer.state_dict()["esam"]["step"] == 1
+    assert_same_bits(*results)
+
+
 def test_an_exception_in_a_loop_of_three_phases_is_undone_by_restore():
     model = small_net()
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)

@@ -26,7 +26,8 @@ SCALE = 1024.0
 def build(base: str = "sgd", mask: str = "tensor", batch_norm: bool = True, **arguments):
     kind, kwargs = BASES[base]
     model = small_net(batch_norm=batch_norm)
-    return model, ESAM(model.parameters(), kind, rho=0.3, mask=mask, model=model, **{**kwargs, **arguments})
+    kwargs = {"rho": 0.3, **kwargs, **arguments}
+    return model, ESAM(model.parameters(), kind, mask=mask, model=model, **kwargs)
 
 
 def step_with_scaler(optimizer, scaler, losses, inputs, targets, way):
@@ -104,6 +105,14 @@ def test_autocast_follows_float32_training(dtype):
 
 
 # -- GradScaler --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_a_scaled_step_is_counted_with_and_without_a_radius(rho):
+    model, optimizer = build(rho=rho)
+    for number in range(3):
+        optimizer.step(losses_of(model), *batch(number), scaler=torch.amp.GradScaler("cpu", init_scale=SCALE))
+        assert optimizer.state_dict()["esam"]["step"] == number + 1
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -83,6 +83,7 @@ WRONG = [
     "ESAM(model.parameters(), torch.optim.SGD, model=3)",
     "optimizer.select(x)",
     "optimizer.step(losses, x, y, micro_batch=0.5)",
+    "optimizer.step(closure, max_grad_norm=1.0)",
     "cross_entropy(x, y, label_smoothing=None)",
     "esam_kernels.gather([1], x)",
     "esam_kernels.make_graphed_step(model, losses, x, y)",

@@ -53,6 +53,17 @@ def test_options_of_the_batch_without_a_batch_are_refused():
     oracles.assert_refused(step, ValueError, "need the batch", model, optimizer)
 
 
+def test_options_of_the_batch_are_refused_where_step_ends_a_loop_of_ones_own():
+    """They would be left out silently: the gradients are the loop's."""
+    model, optimizer = trained()
+    oracles.losses_of(model)(*oracles.batch()).mean().backward()
+    optimizer.first_step()
+    message = "max_grad_norm and scaler need the batch"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(max_grad_norm=1.0)
+    optimizer.restore()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

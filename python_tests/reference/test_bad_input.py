@@ -218,9 +218,13 @@ def test_other_calls_between_the_steps_are_refused(call):
     oracles.assert_refused(calls[call], RuntimeError, message, model, optimizer)
 
 
-def test_first_step_without_gradients_is_refused():
+@pytest.mark.parametrize("were_dropped", [False, True])
+def test_first_step_without_gradients_is_refused(were_dropped):
     model = oracles.mlp()
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    if were_dropped:
+        optimizer.backward(oracles.losses_of(model)(*oracles.batch()).mean())
+        optimizer.zero_grad()
     oracles.assert_refused(
         optimizer.first_step, RuntimeError, "no parameter has a gradient: call backward", model, optimizer
     )
