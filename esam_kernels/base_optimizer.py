@@ -30,8 +30,8 @@ def build_base(
         )
     if callable(params) and not isinstance(params, ParameterList):
         raise TypeError(f"params must be parameters, as model.parameters() returns them, got {type(params).__name__}")
+    _check_names(kind, kwargs)
     if not isinstance(base, Optimizer):
-        _check_names(kind, kwargs)
         built = base(params, **kwargs)
         check_options(built)
         return built, [{} for _ in built.param_groups]
@@ -58,7 +58,8 @@ def check_options(base: Optimizer) -> None:
 
 def _check_names(kind: type[Optimizer], kwargs: dict[str, Any]) -> None:
     """Refuse arguments that neither ESAM nor a base optimizer of this kind has."""
-    known = inspect.signature(kind).parameters
+    # A decorator of the constructor may take more than what it wraps.
+    known = inspect.signature(kind, follow_wrapped=False).parameters
     unknown = [name for name in kwargs if name not in known]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise TypeError(f"neither ESAM nor {kind.__name__} has an argument {', '.join(unknown)}")

@@ -171,9 +171,21 @@ class Momentum(CurrentGradient):
                 )
 
     def directions(self, params: list[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
-        """The momentum of the parameters ``drawn``. In the first step there is none."""
+        """The momentum of the parameters ``drawn``. In the first step there is none.
+
+        Raises:
+            RuntimeError: the base optimizer keeps its state under other names than those of torch.
+        """
         names = {id(param): _momentum_name(group) for group in base.param_groups for param in group["params"]}
-        found = {i: base.state.get(params[i], {}).get(names[id(params[i])]) for i in drawn}
+        found = {}
+        for i in drawn:
+            name, state = names[id(params[i])], base.state.get(params[i], {})
+            if state and name is not None and name not in state:
+                raise RuntimeError(
+                    f'ascent="momentum" needs {name!r} in the state of each parameter, as torch.optim keeps it, and '
+                    f"{type(base).__name__} keeps {', '.join(map(str, state))}: take another ascent or base optimizer"
+                )
+            found[i] = state.get(name)
         return {i: momentum for i, momentum in found.items() if momentum is not None}
 
     def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:

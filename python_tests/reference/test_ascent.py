@@ -308,6 +308,33 @@ def test_a_base_optimizer_without_momentum_is_refused():
         one_pass(build(), "momentum", (torch.optim.Adagrad, {"lr": 0.1}))
 
 
+class WithStateOfItsOwn(torch.optim.Optimizer):
+    """As bitsandbytes' Adam: betas as torch has them, and a state under other names."""
+
+    def __init__(self, params, lr=0.1, betas=(0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["state1"] = param.grad.clone()
+                param.sub_(group["lr"] * param.grad)
+
+
+def test_a_momentum_that_is_kept_under_another_name_is_no_silent_base_step():
+    model = build()
+    optimizer = one_pass(model, "momentum", (WithStateOfItsOwn, {}))
+    run(model, optimizer, 1)
+    before = weights(model)
+    message = (
+        "needs 'exp_avg' in the state of each parameter, as torch.optim keeps it, and WithStateOfItsOwn keeps state1"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        run(model, optimizer, 1)
+    assert torch.equal(weights(model), before)
+
+
 def test_an_unknown_ascent_is_refused():
     with pytest.raises(ValueError, match="ascent must be one of"):
         one_pass(build(), "sideways")

@@ -1,6 +1,7 @@
 """Contract point 12: bad input is refused at once, with what was wrong, and nothing is changed by it."""
 
 import copy
+import functools
 import math
 
 import oracles
@@ -63,7 +64,7 @@ def test_the_constructor_refuses_arguments_outside_their_range(kwargs, error, me
         return
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     groups = copy.deepcopy(base.state_dict()["param_groups"])
-    if "lr" in kwargs or "momentun" in kwargs:
+    if "lr" in kwargs:
         error, message = TypeError, r"the base optimizer is an instance already"
     params = [{"params": list(model.parameters()), "rho": 0.5}]
     oracles.assert_refused(lambda: ESAM(params, base, **kwargs), error, message, model)
@@ -76,6 +77,23 @@ def test_a_model_or_a_method_in_the_place_of_parameters_is_refused(given):
     model = oracles.mlp()
     message = r"params must be parameters, as model.parameters\(\) returns them, got (Sequential|method)"
     oracles.assert_refused(lambda: SAM(given(model), torch.optim.SGD, lr=0.1), TypeError, message, model)
+
+
+def test_an_argument_that_a_decorator_of_the_constructor_takes_is_no_unknown_one():
+    def renamed(constructor):
+        @functools.wraps(constructor)
+        def decorated(self, *args, learning_rate, **kwargs):
+            constructor(self, *args, lr=learning_rate, **kwargs)
+
+        return decorated
+
+    class Renamed(torch.optim.SGD):
+        @renamed
+        def __init__(self, params, lr):
+            super().__init__(params, lr=lr)
+
+    optimizer = SAM(oracles.mlp().parameters(), Renamed, learning_rate=0.3)
+    assert optimizer.param_groups[0]["lr"] == 0.3
 
 
 def test_a_parameter_list_and_a_base_with_arguments_of_any_name_are_taken():
