@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
+from torch.utils.dlpack import to_dlpack
 
 from esam_kernels.tensor_lists import addresses, holders_of_memory
 
@@ -141,7 +142,8 @@ def _with_its_own_storage(buffer: Tensor, offset: int, numel: int) -> Tensor:
     """
     # In bytes, as DLPack does not know every dtype.
     start, stop = offset * buffer.element_size(), (offset + numel) * buffer.element_size()
-    part: Tensor = torch.from_dlpack(buffer.view(torch.uint8)[start:stop])
+    # A capsule: a tensor itself is refused where its device is not the current one (cuda:1, for one).
+    part: Tensor = torch.from_dlpack(to_dlpack(buffer.view(torch.uint8)[start:stop]))
     return part.view(buffer.dtype)
 
 

@@ -54,6 +54,19 @@ def test_parameters_lie_side_by_side_in_one_buffer_a_dtype_each_on_a_64_byte_bou
     assert flat.buffers[torch.float32].numel() == 16 + 32 + 32 + 16 + 16
 
 
+def test_parameters_on_another_device_than_the_current_one_are_flattened(monkeypatch):
+    """torch refuses to export such a tensor, a parameter on cuda:1 in a program that never sets its device."""
+
+    def refused(tensor, **_):
+        raise BufferError("Can't export tensors on a different CUDA device index. Expected: 1. Current device: 0.")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refused)
+    params = [nn.Parameter(torch.arange(5.0)), nn.Parameter(torch.ones(3))]
+    buffers = FlatBuffers(params)
+    assert [param.tolist() for param in params] == [[0.0, 1.0, 2.0, 3.0, 4.0], [1.0] * 3]
+    assert buffers.buffers[torch.float32].sum() == 13.0
+
+
 def test_ties_are_kept():
     weight = nn.Parameter(torch.randn(3, 2))
     params = [nn.Parameter(torch.randn(3)), weight, nn.Parameter(weight.data), nn.Parameter(weight.data.t())]
