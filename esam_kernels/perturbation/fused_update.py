@@ -187,18 +187,20 @@ def _sgd_step(group: _Group, lr: float | Tensor, saved: list[Tensor], backend: s
         update(group.params, saved, group.grads, [], first=False)
         return
     fresh = [state.get("momentum_buffer") is None for state in group.states]
-    if any(fresh):
-        for state, param, is_fresh in zip(group.states, group.params, fresh):
-            if is_fresh:
-                state["momentum_buffer"] = torch.empty_like(param)
-    buffers = [state["momentum_buffer"] for state in group.states]
+    buffers = [
+        torch.empty_like(param) if is_fresh else state["momentum_buffer"]
+        for param, state, is_fresh in zip(group.params, group.states, fresh)
+    ]
     if all(fresh) or not any(fresh):
         update(group.params, saved, group.grads, buffers, fresh[0])
-        return
-    for first in (True, False):
-        lists = (group.params, saved, group.grads, buffers)
-        w, backups, grads, velocities = ([t for t, f in zip(tensors, fresh) if f is first] for tensors in lists)
-        update(w, backups, grads, velocities, first)
+    else:
+        for first in (True, False):
+            lists = (group.params, saved, group.grads, buffers)
+            w, backups, grads, velocities = ([t for t, f in zip(tensors, fresh) if f is first] for tensors in lists)
+            update(w, backups, grads, velocities, first)
+    if any(fresh):  # only now: after an update that raises, memory that was never written would count as momentum
+        for state, buffer in zip(group.states, buffers):
+            state["momentum_buffer"] = buffer
 
 
 def _adam_step(group: _Group, lr: float | Tensor, saved: list[Tensor], backend: str) -> None:
@@ -207,9 +209,9 @@ def _adam_step(group: _Group, lr: float | Tensor, saved: list[Tensor], backend: 
     for param, state in zip(group.params, states):
         if not state:
             on_device = options["capturable"] or options["fused"]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]:
-                state[name] = torch.zeros_like(param)
+            step = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+            names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+            state.update({"step": step, **{name: torch.zeros_like(param) for name in names}})  # all of it, or nothing
     ops.restore_adam_(
         group.params,
         saved,

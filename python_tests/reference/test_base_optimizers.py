@@ -108,6 +108,43 @@ def test_restore_in_one_pass_with_the_update_is_restore_and_then_update(name, re
 
 
 @pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize(("name", "allocates"), [("SGD with dampening", "empty_like"), ("AdamW", "zeros_like")])
+def test_an_update_that_runs_out_of_memory_leaves_no_half_made_state(name, allocates, monkeypatch):
+    weights = []
+    for fails in (True, False):
+        model = oracles.mlp()
+        optimizer = make(model, name, "class", rho=0.5, beta=1.0, gamma=1.0)
+        losses = oracles.losses_of(model)
+        for fails_now in (True, False) if fails else (False,):
+            optimizer.backward(losses(*oracles.batch()).mean())
+            optimizer.first_step(zero_grad=True)
+            losses(*oracles.batch()).mean().backward()
+            if fails_now:
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, allocates, FailsTheSecondTime(getattr(torch, allocates)))
+                    with pytest.raises(torch.OutOfMemoryError):
+                        optimizer.second_step()
+                optimizer.restore()
+                optimizer.zero_grad()
+            else:
+                optimizer.second_step(zero_grad=True)
+        optimizer.step(losses, *oracles.batch(seed=1))
+        weights.append(oracles.weights_of(model))
+    assert oracles.same_bits(*weights)
+
+
+class FailsTheSecondTime:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_weight_without_a_gradient_in_the_second_pass_comes_back(base):
     params = [nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))]
