@@ -58,18 +58,22 @@ def _sanitizer(folder: Path, seconds: float) -> list[Job]:
     return [Job("sanitizer", [sys.executable, str(TESTS / "sanitize.py"), "--seconds", str(seconds - ENDING_SECONDS)])]
 
 
-def _bench(*suites: str, compiled: bool = False, pages: bool = False) -> Callable[[Path, float], list[Job]]:
-    """The suites, then once more with Inductor's contenders alone: they take long to compile, or for ever."""
+def _bench(compiled: float = 0.0, pages: bool = False, **suites: float) -> Callable[[Path, float], list[Job]]:
+    """The suites, each with its share of the time, then the first once more with Inductor's contenders alone.
+
+    These take long to compile, or for ever: ``compiled`` is their share, 0 if there are none.
+    """
 
     def jobs(folder: Path, seconds: float) -> list[Job]:
-        each = (seconds - ENDING_SECONDS) / (len(suites) + compiled)
-        runs = [(suite, "without") for suite in suites] + [(suite, "only") for suite in suites[:1] if compiled]
+        runs = [(suite, "without", share) for suite, share in suites.items()]
+        runs += [(next(iter(suites)), "only", compiled)] if compiled else []
         found = []
-        for suite, which in runs:
+        for suite, which, share in runs:
             name = suite if which == "without" else f"{suite}, compiled"
             journal = folder / f"{name.replace(', ', '-')}.jsonl"
             command = [sys.executable, "-m", "benchmarks.run", "--suite", suite, "--device", "cuda"]
-            command += ["--minutes", f"{each / 60:.3f}", "--inductor", which, "--journal", str(journal)]
+            minutes = (seconds - ENDING_SECONDS) * share / 60
+            command += ["--minutes", f"{minutes:.3f}", "--inductor", which, "--journal", str(journal)]
             found.append(Job(name, command))
         if pages:
             found += [Job(page, [sys.executable, "-m", f"benchmarks.{page}"]) for page in ("plots", "readme")]
@@ -85,10 +89,10 @@ STAGES = [
     Stage("graphs", 90.0, _tests("graphs", workers=4)),
     Stage("large", 60.0, _tests("large", workers=1)),
     Stage("sanitizer", 180.0, _sanitizer),
-    Stage("perturb", 300.0, _bench("perturb", "overhead", compiled=True)),
-    Stage("steps-bench", 240.0, _bench("step", "modes")),
-    Stage("loss", 180.0, _bench("loss", compiled=True)),
-    Stage("memory", 180.0, _bench("memory", pages=True)),
+    Stage("perturb", 300.0, _bench(perturb=0.6, overhead=0.1, compiled=0.3)),
+    Stage("steps-bench", 240.0, _bench(step=0.35, modes=0.65)),
+    Stage("loss", 180.0, _bench(loss=0.7, compiled=0.3)),
+    Stage("memory", 180.0, _bench(memory=1.0, pages=True)),
 ]
 
 

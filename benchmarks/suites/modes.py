@@ -84,7 +84,7 @@ def _case(context: Context, name: str, dtype: str) -> Case:
         more = {"backend": context.backend_name(), "batch": sizes.batch, "counted": round(cost(), 4)}
         return of_measurement("modes", title, measurement, context.device, **more)
 
-    return Case(title, 20.0, run)
+    return Case(title, 10.0, run)
 
 
 def _step(context: Context, mode: Mode, dtype: str) -> tuple[Callable[[Tensor, Tensor], Any], Callable[[], float]]:

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import run
+from benchmarks.cases import sizes_of
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import session, stages
 from benchmarks.gpu.journal import Journal, read
 from benchmarks.gpu.session import UNFINISHED, Job, Mirror, Session
 from benchmarks.gpu.stages import STAGES, Stage, journals
+from benchmarks.suites import Context
 
 
 def job(code, name="a job"):
@@ -185,6 +188,23 @@ def test_each_stage_fits_eight_minutes_and_a_call_nine():
         ]
         seconds = [float(command[command.index("--seconds") + 1]) for command in commands if "--seconds" in command]
         assert sum(minutes + seconds) <= 451
+
+
+# What a case takes beside its seconds: models are made, kernels loaded, graphs captured.
+SECONDS_BESIDE = 2.0
+
+
+@pytest.mark.parametrize("name", ["perturb", "steps-bench"])
+def test_all_cases_of_a_stage_fit_into_one_call_of_it(name):
+    """Else it would end unfinished each time that it is called alone."""
+    (found,) = (one for one in STAGES if one.name == name)
+    context = Context(torch.device("cuda"), sizes_of(torch.device("cuda")), inductor="without")
+    for command in (one.command for one in found.jobs(Path("folder"), gpu.STAGE_SECONDS)):
+        given = dict(zip(command[3::2], command[4::2]))
+        if given["--inductor"] == "without":
+            minutes, cases = float(given["--minutes"]), list(run.suite_named(given["--suite"]).cases(context))
+            measuring = sum(case.seconds for case in cases) * minutes / run.NOMINAL_MINUTES
+            assert measuring + SECONDS_BESIDE * len(cases) <= 60 * minutes, given["--suite"]
 
 
 def test_every_file_of_gpu_tests_is_in_one_stage_and_journals_are_each_in_one_file():
