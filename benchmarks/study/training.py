@@ -99,9 +99,10 @@ def train(
 
 
 def cost_of(optimizer: torch.optim.Optimizer, sharpness_share: float = 1.0) -> float:
-    """The counted cost of the next step, in units of SGD's: pass 1 is 1 where it takes the whole batch."""
-    whole = optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
-    return 1.0 + sharpness_share * (whole - 1.0)
+    """The counted cost of the next step, in units of SGD's."""
+    if sharpness_share < 1.0:
+        return 1.0 + sharpness_share  # pass 1 computes the gradients of all parameters, on a part of the batch
+    return optimizer.relative_cost if isinstance(optimizer, ESAM) else 1.0
 
 
 def step(
@@ -116,13 +117,14 @@ def step(
     batch, Q its first samples, and e the perturbation of Q: SAM's gradient, with a control variate.
     """
     if isinstance(optimizer, ESAM) and sharpness_share < 1.0:
-        few, params = max(2, round(sharpness_share * len(batch[0]))), optimizer.param_groups[0]["params"]
+        few = max(2, round(sharpness_share * len(batch[0])))
+        params = [param for group in optimizer.param_groups for param in group["params"]]
         first, others = tuple(part[:few] for part in batch), tuple(part[few:] for part in batch)
         weight = len(others[0]) / len(batch[0])
         (weight * losses(*others).mean()).backward()
         rest = [param.grad for param in params]
         optimizer.zero_grad()
-        optimizer.backward(losses(*first).mean())
+        losses(*first).mean().backward()  # optimizer.backward leaves out the groups with rho = 0
         torch._foreach_add_(rest, [param.grad for param in params], alpha=-weight)
         optimizer.first_step(zero_grad=True)
         losses(*first).mean().backward()

@@ -38,6 +38,24 @@ def test_sharpness_of_a_part_is_a_control_variate():
     torch.testing.assert_close(weight.detach(), w - 0.1 * expected)
 
 
+def test_sharpness_of_a_part_is_one_for_parameters_without_a_radius_too():
+    weight, bias = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.tensor([0.5]))
+    inputs, target = torch.tensor([1.0, 0.0, 2.0, -1.0]), torch.tensor([0.5, 1.0, 0.0, 2.0])
+
+    def of_bias(w, samples):
+        return 2.0 * (w * inputs[samples] + 0.5 - target[samples]).mean()
+
+    groups = [{"params": [weight]}, {"params": [bias], "rho": 0.0}]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, rho=0.3, beta=1.0, gamma=1.0)
+    assert cost_of(optimizer, 0.5) == 1.5
+    step(optimizer, lambda x, y: (x * weight + bias - y) ** 2, (inputs, target), sharpness_share=0.5)
+    few, whole = slice(2), slice(4)
+    slope = (2.0 * (inputs[few] + 0.5 - target[few]) * inputs[few]).mean()
+    at = 1.0 + 0.3 * slope.sign()
+    expected = of_bias(1.0, whole) + of_bias(at, few) - of_bias(1.0, few)
+    torch.testing.assert_close(bias.detach(), 0.5 - 0.1 * expected[None])
+
+
 def test_pass_1_on_a_part_is_a_setting_of_the_optimizer():
     weight = torch.nn.Parameter(torch.ones(2))
     for name, share in (("sam-eighth", 0.125), ("sam-quarter", 0.25), ("sam-three-eighths", 0.375)):
