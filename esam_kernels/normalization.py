@@ -43,7 +43,8 @@ def normalization_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not all(isinstance(layer, type) and issubclass(layer, nn.Module) for layer in layers):
+    are_classes = isinstance(layers, (tuple, list)) and all(isinstance(layer, type) for layer in layers)
+    if not (are_classes and all(issubclass(layer, nn.Module) for layer in layers)):
         raise TypeError(f"layers must be a tuple of classes of torch.nn.Module, got {layers!r}")
     rho = check_rho(rho)
     own = [

@@ -318,6 +318,11 @@ def batch_size(batch: Any) -> int:
     plain = type(batch) is tuple and all(isinstance(leaf, Tensor) for leaf in batch)
     for leaf in batch if plain else pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
+            if leaf.is_nested and leaf.layout is torch.strided:
+                raise ValueError(
+                    "a tensor of the batch is a nested tensor that has no sizes: build it with layout=torch.jagged, or "
+                    "pad it"
+                )
             if leaf.dim() == 0:
                 raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")
             sizes.append(leaf.shape[0])

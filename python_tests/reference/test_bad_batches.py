@@ -1,10 +1,16 @@
 """Contract point 12: batches and losses that cannot be are refused with what was wrong, and nothing is changed."""
 
+import warnings
+
 import oracles
 import pytest
 import torch
 
 from esam_kernels import ESAM, backends, cross_entropy, gather, select
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
 
 
 def trained(**kwargs):
@@ -20,6 +26,7 @@ def trained(**kwargs):
         ((torch.empty(0, 6), torch.empty(0, dtype=torch.int64)), ValueError, "the batch is empty"),
         ((torch.ones(4, 6), torch.ones(3)), ValueError, r"different numbers of samples: \[4, 3\]"),
         ((torch.ones(4, 6), torch.tensor(1)), ValueError, "no dimensions: the batch must be in front"),
+        ((NESTED, torch.ones(2)), ValueError, "a nested tensor that has no sizes: build it with layout=torch.jagged"),
         ((1.0, "name"), ValueError, "the batch holds no tensors"),
         (({"x": torch.ones(4, 6)}, {"y": {1, 2}}), TypeError, "the batch holds a set"),
     ],

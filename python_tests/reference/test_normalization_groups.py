@@ -137,6 +137,7 @@ def test_a_phase_leaves_the_other_group_at_zero():
         (lambda: normalization_groups(nn.LayerNorm(3), math.inf), ValueError, "rho must be finite and not negative"),
         (lambda: normalization_groups(nn.LayerNorm(3).parameters(), 0.1), TypeError, "model must be a torch.nn.Module"),
         (lambda: normalization_groups(nn.LayerNorm(3), 0.1, layers=("Norm",)), TypeError, "layers must be a tuple"),
+        (lambda: normalization_groups(nn.LayerNorm(3), 0.1, layers=HandWritten), TypeError, "layers must be a tuple"),
     ],
 )
 def test_what_cannot_be_grouped_is_refused(make, error, message):
