@@ -165,7 +165,7 @@ class PhaseSchedule(Schedule):
     >>> schedule = PhaseSchedule(optimizer, "rho", 0.05, start=steps * 7 // 10)
 
     Args:
-        name: "rho"; beta and gamma cannot be 0.
+        name: "rho"; the other hyperparameters cannot be 0.
         value: within the phase.
         start: the first step of the phase, counted from 0, an integer >= 0.
         stop: the first step after it; None: it lasts to the end.

@@ -45,7 +45,7 @@ class CurrentGradient:
         return -1.0 if group.get("maximize") else 1.0
 
     def check(self, base: Optimizer) -> None:
-        """Refuse a base optimizer that has not what this needs."""
+        """Refuse a base optimizer that lacks what this ascent reads; here none."""
 
     def directions(self, params: list[Tensor], drawn: Sequence[int], base: Optimizer) -> dict[int, Tensor]:
         """The vector g of Eq. 4 for the parameters ``drawn``, by their number. Some may have none."""
@@ -60,7 +60,7 @@ class CurrentGradient:
         """Keep what the next step needs, after the update."""
 
     def prepare(self, params: Sequence[Tensor]) -> None:
-        """Make the state that a checkpoint is to be loaded into, after a step of nothing but zeros."""
+        """Create the state that a checkpoint is loaded into, after a step with a learning rate of 0."""
 
     def state(self) -> dict[int, Tensor]:
         """What a checkpoint has to hold of it, by the number of the parameter."""

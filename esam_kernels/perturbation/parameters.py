@@ -46,17 +46,16 @@ class Parameters:
             raise ValueError("the parameter groups hold no parameters")
         if len(set(map(id, params))) != len(params):
             raise ValueError("a parameter is in the groups twice: it would be updated twice")
-        self.tied_to = owners([distributed.local_part(param) for param in params])
+        self.tensors: list[Tensor] = params
+        self._find_ties()
         reason = why_not_flattenable(params)
         if flatten and (why := why_not_all_flattenable(params)) is not None:
             raise ValueError(f"flatten=True is not possible: {why}")
-        self.tensors: list[Tensor] = params
         self.groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
         self._sizes = [len(group["params"]) for group in param_groups]
         self.offsets = _element_offsets(params)
         self.devices = {param.device for param in params}
         self.is_sharded = any(distributed.is_sharded(param) for param in params)
-        self._find_ties()
         self.buffers = FlatBuffers(params) if flatten is not False and reason is None else None
 
     def are_those_of(self, param_groups: Sequence[dict[str, Any]]) -> bool:
