@@ -2,7 +2,8 @@
 
 1. Every combination of learning rate, batch size and weight decay is trained once. Each has one radius, so that every
    radius meets every learning rate; all modes try the same trials.
-2. The best combinations are trained with their other radii.
+2. The best combinations of each weight decay are trained with their other radii. A weaker decay often needs a larger
+   radius, so that one unlucky radius in stage 1 says little about it.
 3. The best trials are trained on more seeds, in rounds that keep fewer and fewer: successive halving (Jamieson and
    Talwalkar, 2016), where what grows is the number of seeds.
 4. While the best trial has the largest radius that was tried, it is also trained with twice that radius, on the same
@@ -14,6 +15,8 @@ The trial with the highest mean validation accuracy over the seeds of the last r
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,7 +38,7 @@ class Search:
     batch_sizes: tuple[int, ...] = (32, 64, 128)
     weight_decays: tuple[float, ...] = (5e-4, 2e-3)
     combinations: int = 6
-    """How many of the combinations are trained with all radii."""
+    """How many of the combinations are trained with all radii; as many of each weight decay."""
     rounds: tuple[tuple[int, int], ...] = ((8, 1), (3, 2))
     """How many trials stay in each later round, and on how many more seeds each of them is trained."""
     doublings: int = 2
@@ -70,7 +73,7 @@ class Search:
         if runs := waiting():
             return runs, None
         if len(mode.radii) > 1:
-            trials = self._with_all_radii(trials, best(self.combinations), mode)
+            trials = self._with_all_radii(trials, self._of_each_decay(best(len(trials))), mode)
             if runs := waiting():
                 return runs, None
         for count, more in self.rounds:
@@ -98,6 +101,17 @@ class Search:
             trials = min(count, trials)
             total += trials * seeds
         return total
+
+    def _of_each_decay(self, ranked: Sequence[Trial]) -> list[Trial]:
+        """The first ``combinations`` of the trials, with no more of one weight decay than its share."""
+        most = math.ceil(self.combinations / len(self.weight_decays))
+        places: Counter[float] = Counter()
+        kept = []
+        for trial in ranked:
+            places[trial.weight_decay] += 1
+            if places[trial.weight_decay] <= most:
+                kept.append(trial)
+        return kept[: self.combinations]
 
     @staticmethod
     def _with_all_radii(trials: Sequence[Trial], best: Sequence[Trial], mode: Mode) -> list[Trial]:

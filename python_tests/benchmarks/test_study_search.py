@@ -60,6 +60,21 @@ def test_the_search_finds_a_best_trial_that_was_not_in_its_first_stage():
     assert [sorted({seed for _, seed in stage}) for stage in stages] == [[100], [100], [101], [102, 103]]
 
 
+def test_a_weight_decay_that_needs_a_larger_radius_is_tried_with_it():
+    """Every combination of the weaker decay is bad at the radius that the first stage gives it."""
+    wanted = Trial(0.1, 32, 5e-4, 0.2)
+    first = Search().first_trials(MODES["sam"])
+    assert wanted not in first and dataclasses.replace(wanted, rho=0.1) in first
+
+    def accuracy(trial: Trial, seed: int) -> float:
+        if trial == wanted:
+            return 66.0
+        distance = abs(math.log(trial.lr / wanted.lr)) + abs(math.log(trial.batch_size / wanted.batch_size))
+        return (60.0 if trial.weight_decay == wanted.weight_decay else 64.0) - distance
+
+    assert searched(Search(doublings=0), "sam", accuracy)[1] == wanted
+
+
 def test_the_mean_over_the_seeds_of_the_last_round_chooses():
     lucky, steady = Trial(0.02, 32, 5e-4), Trial(0.05, 32, 5e-4)
 
