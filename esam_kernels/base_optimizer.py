@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch.nn import ParameterList
 from torch.optim import LBFGS, Adadelta, Optimizer, SparseAdam
 
 from esam_kernels.settings import check_rho
+
+# The groups of each base optimizer, each with what fill has put there.
+_filled: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], dict[str, Any]]]] = weakref.WeakKeyDictionary()
 
 
 def build_base(
@@ -101,6 +105,23 @@ def _tensors(params: Any) -> list[Tensor]:
         return [params]
     listed: Iterable[Any] = list(params)
     return [param[1] if isinstance(param, tuple) else param for param in listed]
+
+
+def without_filled(base: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the group without what :func:`fill` has put there: it was an argument of an earlier wrapper."""
+    filled = [values for known, values in _filled.get(base, ()) if known is group]
+    return {
+        name: value
+        for name, value in group.items()
+        if not any(name in values and values[name] == value for values in filled)
+    }
+
+
+def fill(base: Optimizer, values: list[dict[str, Any]]) -> None:
+    """Put into each group of ``base`` what it lacks."""
+    for group, its_values in zip(base.param_groups, values):
+        group.update(its_values)
+    _filled[base] = list(zip(base.param_groups, values))
 
 
 def group_defaults(group: dict[str, Any], rho: float, adaptive: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esam_kernels import distributed, hooks, state
-from esam_kernels.base_optimizer import build_base, check_options, group_defaults, keep_radii
+from esam_kernels.base_optimizer import build_base, check_options, fill, group_defaults, keep_radii, without_filled
 from esam_kernels.perturbation.ascent import ASCENTS, RHO_OF_ASCENT, rho_or_default
 from esam_kernels.perturbation.parameters import listed
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
@@ -153,7 +153,7 @@ class ESAM(Optimizer):
         base, own = build_base(params, base_optimizer, base_kwargs)
         missing = []
         for group, values in zip(base.param_groups, own):
-            group = {**group, **values}
+            group = {**without_filled(base, group), **values}
             its_rho = rho_or_default(given, ascent, bool(group.get("adaptive", adaptive)))
             missing.append({**values, **group_defaults(group, its_rho, adaptive)})
         params = listed(base.param_groups)
@@ -163,8 +163,7 @@ class ESAM(Optimizer):
             distributed.check_same_seed(seed, params[0].device, self._parallelism.process_group)
         ASCENTS[ascent]().check(base)
         self._perturbation = StochasticWeightPerturbation(base, settings, backend=backend, flatten=flatten)
-        for group, values in zip(base.param_groups, missing):
-            group.update(values)
+        fill(base, missing)
         self.base_optimizer = base
         self.defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         self._model, self._head = model, head

@@ -225,6 +225,28 @@ def test_the_oracle_tells_sam_from_the_base_optimizer():
         torch.testing.assert_close(model[0].weight.double(), oracle.weights[0], rtol=1e-3, atol=1e-4)
 
 
+def test_an_instance_that_is_wrapped_again_takes_the_new_radius_and_keeps_the_users():
+    model = oracles.mlp()
+    first, *others = model.parameters()
+    base = torch.optim.SGD([{"params": [first], "rho": 0.5}, {"params": others[:1]}, {"params": others[1:]}], lr=0.1)
+    ESAM(model.parameters(), base, rho=0.1)
+    base.param_groups[1]["rho"] = 0.3
+    again = ESAM(model.parameters(), base, rho=0.2, adaptive=True)
+    assert [group["rho"] for group in again.param_groups] == [0.5, 0.3, 0.2]
+    assert [group["adaptive"] for group in again.param_groups] == [True] * 3
+
+
+def test_a_refused_constructor_leaves_the_radius_of_the_wrapper_before():
+    model = oracles.mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    ESAM(model.parameters(), base, rho=0.1)
+    with pytest.raises(ValueError, match="beta"):
+        ESAM(model.parameters(), base, rho=0.2, beta=2.0)
+    with pytest.raises(RuntimeError, match="backend"):
+        ESAM(model.parameters(), base, rho=0.2, backend="cuda")
+    assert base.param_groups[0]["rho"] == 0.1
+
+
 @pytest.mark.parametrize("refused", [torch.optim.LBFGS, torch.optim.Adadelta])
 @pytest.mark.parametrize("as_instance", [False, True])
 def test_a_base_optimizer_that_cannot_be_wrapped_is_refused_with_a_reason(refused, as_instance):
