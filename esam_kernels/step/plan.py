@@ -137,8 +137,8 @@ class TwoPasses:
         """Both passes over the part. Returns its mean loss, and what else the closure returned for it."""
         alone, batch, scaler = phases.parallelism.without_synchronization, part.batch, part.scaler
         samples = batch_size(batch)
-        noise = phases.noise() if phases.ranking.needs_loss_after else None
-        share = phases.perturbation.settings.ascent_share
+        gamma, share = phases.perturbation.settings.gamma, phases.perturbation.settings.ascent_share
+        noise = phases.noise() if gamma < 1.0 and phases.ranking.needs_loss_after else None
         first = num_ascent(share, samples)
 
         with alone():
@@ -149,7 +149,6 @@ class TwoPasses:
             phases.backward(scaled(loss, scaler))
         phases.first_step(zero_grad=True)
 
-        gamma = phases.perturbation.settings.gamma
         k = num_selected(gamma, samples)
         if k < samples or (gamma < 1.0 and phases.parallelism.forward_communicates):
             loss_after = None

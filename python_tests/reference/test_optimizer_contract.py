@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from esam_kernels import ESAM, SAM, cross_entropy
+from esam_kernels import ESAM, SAM, RandomState, cross_entropy
+from esam_kernels.step import phases
 
 MASKS = ["tensor", "element"]
 
@@ -126,6 +127,16 @@ def test_both_forwards_see_the_same_dropout():
 def test_the_replay_of_the_noise_can_be_turned_off():
     first, second, _ = dropout_masks(replay=False)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(0.5, 1), (1.0, 0)])
+def test_the_random_state_is_kept_only_where_it_is_replayed(gamma, expected, monkeypatch):
+    kept = []
+    monkeypatch.setattr(phases, "RandomState", lambda devices: kept.append(RandomState(devices)) or kept[-1])
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=gamma, model=model)
+    optimizer.step(lambda inputs: model(inputs).square().mean(dim=1), torch.ones(4, 6))
+    assert len(kept) == expected
 
 
 def test_the_replay_leaves_the_generator_where_the_first_forward_had_left_it():
