@@ -9,8 +9,8 @@ from esam_kernels import __version__, doctor
 
 EPILOG = """
 In code:
-  from esam_kernels import ESAM, cross_entropy
-  optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.05, rho=0.05, model=model)
+  from esam_kernels import SAM, cross_entropy
+  optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.1, ascent_share=0.25, model=model)
   loss = optimizer.step(losses, inputs, targets)   # losses(inputs, targets): one loss for each sample
 
 In a clone of the repository: make train (a demonstration), make test, make docs (all pages).

@@ -58,7 +58,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     parser.add_argument(
-        "--recipe", type=recipe_name, help="demo, or one of the paper: sets the options not given; list: all names"
+        "--recipe",
+        type=recipe_name,
+        help="demo, esam-fast, or one of the paper: sets the options not given; list: all names",
     )
 
     data = parser.add_argument_group("data and model")
