@@ -7,7 +7,7 @@
 3. The best trials are trained on more seeds, in rounds that keep fewer and fewer: successive halving (Jamieson and
    Talwalkar, 2016), where what grows is the number of seeds.
 4. While the best trial has the largest radius that was tried, it is also trained with twice that radius, on the same
-   seeds; at most twice.
+   seeds; at most twice. While it has the smallest, it is also trained with half of it, in the same way.
 
 The trial with the highest mean validation accuracy over the seeds of the last round is chosen.
 """
@@ -41,8 +41,8 @@ class Search:
     """How many of the combinations are trained with all radii; as many of each weight decay."""
     rounds: tuple[tuple[int, int], ...] = ((8, 1), (3, 2))
     """How many trials stay in each later round, and on how many more seeds each of them is trained."""
-    doublings: int = 2
-    """How many times the largest radius may be doubled."""
+    extensions: int = 2
+    """How many times the largest radius may be doubled, or the smallest halved."""
 
     def first_trials(self, mode: Mode) -> list[Trial]:
         """Those of stage 1: the whole grid but for the radius, which is spread over it."""
@@ -81,19 +81,20 @@ class Search:
             seeds += range(seeds[-1] + 1, seeds[-1] + 1 + more)
             if runs := waiting():
                 return runs, None
-        largest = max(mode.radii, default=None)
-        for _ in range(self.doublings):
-            found = best(1)[0]
-            if largest is None or found.rho != largest:
-                break
-            largest *= 2.0
-            trials = [*trials, replace(found, rho=largest)]
-            if runs := waiting():
-                return runs, None
+        for end, factor in ((max, 2.0), (min, 0.5)):
+            outermost = end(mode.radii, default=None)
+            for _ in range(self.extensions):
+                found = best(1)[0]
+                if outermost is None or found.rho != outermost:
+                    break
+                outermost *= factor
+                trials = [*trials, replace(found, rho=outermost)]
+                if runs := waiting():
+                    return runs, None
         return [], best(1)[0]
 
     def size(self, mode: Mode) -> int:
-        """How many trainings the search of a mode takes at least: with no radius above those of the mode."""
+        """How many trainings the search of a mode takes at least: with no radius outside those of the mode."""
         trials = len(self.first_trials(mode))
         more = min(self.combinations, trials) * max(0, len(mode.radii) - 1)
         total = trials = trials + more

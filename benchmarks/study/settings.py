@@ -37,7 +37,8 @@ class Setting:
 
     def smoke(self) -> Setting:
         """The smallest version, for tests of the program."""
-        search = Search(self.search.rates[:2], self.search.batch_sizes[-1:], (5e-4,), combinations=1, rounds=((1, 1),))
+        sizes = self.search.batch_sizes[-1:]
+        search = Search(self.search.rates[:2], sizes, (5e-4,), combinations=1, rounds=((1, 1),), extensions=0)
         return replace(self, epochs=1, seeds=2, search=search)
 
 

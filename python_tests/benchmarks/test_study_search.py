@@ -73,7 +73,7 @@ def test_a_weight_decay_that_needs_a_larger_radius_is_tried_with_it():
         distance = abs(math.log(trial.lr / wanted.lr)) + abs(math.log(trial.batch_size / wanted.batch_size))
         return (60.0 if trial.weight_decay == wanted.weight_decay else 64.0) - distance
 
-    assert searched(Search(doublings=0), "sam", accuracy)[1] == wanted
+    assert searched(Search(extensions=0), "sam", accuracy)[1] == wanted
 
 
 def test_the_mean_over_the_seeds_of_the_last_round_chooses():
@@ -87,21 +87,33 @@ def test_the_mean_over_the_seeds_of_the_last_round_chooses():
     assert searched(Search(), "sgd", accuracy)[1] == steady
 
 
-@pytest.mark.parametrize(("best", "tried"), [(0.1, set()), (0.2, {0.4}), (0.4, {0.4, 0.8}), (0.8, {0.4, 0.8})])
-def test_a_radius_at_the_edge_of_the_grid_is_doubled_on_the_seeds_of_the_last_round(best, tried):
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.005, {0.01, 0.005}),
+        (0.01, {0.01, 0.005}),
+        (0.02, {0.01}),
+        (0.1, set()),
+        (0.2, {0.4}),
+        (0.4, {0.4, 0.8}),
+        (0.8, {0.4, 0.8}),
+    ],
+)
+def test_a_radius_at_the_edge_of_the_grid_is_doubled_or_halved_on_the_seeds_of_the_last_round(best, tried):
     stages, chosen = searched(Search(), "sam", lambda trial, seed: -abs(math.log(trial.rho / best)))
     assert chosen.rho == best
-    larger = [run for stage in stages for run in stage if run[0].rho > 0.2]
-    assert {trial.rho for trial, _ in larger} == tried
-    assert len(larger) == 4 * len(tried)
-    assert {seed for _, seed in larger} == ({100, 101, 102, 103} if tried else set())
+    outside = [run for stage in stages for run in stage if not 0.02 <= run[0].rho <= 0.2]
+    assert {trial.rho for trial, _ in outside} == tried
+    assert len(outside) == 4 * len(tried)
+    assert {seed for _, seed in outside} == ({100, 101, 102, 103} if tried else set())
 
 
 @pytest.mark.parametrize("mode", ["sgd", "sam", "momentum"])
 @pytest.mark.parametrize("setting", ["digits", "cifar10"])
 def test_the_size_of_a_search_is_known_before(setting, mode):
     search = SETTINGS_BY_NAME[setting].search
-    stages, _ = searched(search, mode, lambda trial, seed: -(trial.rho or 0.0))
+    radii = MODES[mode].radii
+    stages, _ = searched(search, mode, lambda trial, seed: float(trial.rho in radii[1:-1]))
     assert search.size(MODES[mode]) == sum(len(stage) for stage in stages)
 
 
