@@ -175,25 +175,32 @@ class StochasticWeightPerturbation:
         is_sharded = self.parameters.is_sharded
         free = [False] * len(grads) if is_sharded else self.ascent.are_free(grads, gradients_are_dropped)
         backups = [grad if ours else torch.empty_like(param) for grad, ours, param in zip(grads, free, params)]
-        for ours in (True, False):
-            chosen = [j for j, is_free in enumerate(free) if is_free is ours]
-            if chosen:
-                self._operators.perturb_(
-                    _pick(params, chosen),
-                    _pick(grads, chosen),
-                    [] if ours else _pick(backups, chosen),
-                    _pick(groups, chosen),
-                    _pick(offsets, chosen),
-                    partials,
-                    self._scale.tensor,
-                    adaptive,
-                    settings.eta,
-                    self._norm_factor,
-                    settings.eps,
-                    self._random_state.tensor if self.draws_elements else None,
-                    backend=self.backend,
-                )
-        self._perturbed, self._backups, self.sum_of_squares = params, backups, partials
+        self.sum_of_squares = partials
+        try:
+            for ours in (True, False):
+                chosen = [j for j, is_free in enumerate(free) if is_free is ours]
+                if chosen:
+                    self._operators.perturb_(
+                        _pick(params, chosen),
+                        _pick(grads, chosen),
+                        [] if ours else _pick(backups, chosen),
+                        _pick(groups, chosen),
+                        _pick(offsets, chosen),
+                        partials,
+                        self._scale.tensor,
+                        adaptive,
+                        settings.eta,
+                        self._norm_factor,
+                        settings.eps,
+                        self._random_state.tensor if self.draws_elements else None,
+                        backend=self.backend,
+                    )
+                    self._perturbed += _pick(params, chosen)
+                    self._backups += _pick(backups, chosen)
+        except BaseException:
+            self._put_back()
+            self.forget()
+            raise
         self.is_perturbed = True
 
     def upload(self) -> None:
@@ -259,9 +266,12 @@ class StochasticWeightPerturbation:
 
     def restore(self) -> None:
         """Put the old weights back, bit for bit."""
+        self._put_back()
+        self._finish()
+
+    def _put_back(self) -> None:
         if self._perturbed:
             self._operators.restore_(self._perturbed, self._backups, backend=self.backend)
-        self._finish()
 
     def restore_and_update(self) -> None:
         """Put the old weights back and let the base optimizer take its step, in one pass where that is possible.

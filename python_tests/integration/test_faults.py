@@ -18,7 +18,7 @@ import torch
 from small_training import assert_same_bits, batch, losses_of, small_net, snapshot, three_phases
 from torch.utils import _pytree as pytree
 
-from esam_kernels import ESAM
+from esam_kernels import ESAM, ops
 
 # -- kill -9 and resume ------------------------------------------------------------------------------------------------
 
@@ -260,6 +260,45 @@ def test_a_step_that_ends_a_loop_and_raises_draws_the_same_again(fails_in):
                 hook.remove()
         results.append(snapshot(model))
         assert optimizer.state_dict()["esam"]["step"] == 1
+    assert_same_bits(*results)
+
+
+def test_where_the_second_half_of_a_perturbation_fails_the_first_half_is_taken_back(monkeypatch):
+    """The weights whose gradient is held by somebody else are perturbed by a call of their own."""
+    perturb_, calls = ops.perturb_, []
+
+    def fails_the_second_time(*arguments, **options):
+        calls.append(len(arguments[0]))
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return perturb_(*arguments, **options)
+
+    results = []
+    for fails in (True, False):
+        model = small_net(dropout=0.0, batch_norm=False)
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, mask="element")
+        before = snapshot(model)
+
+        def pass_1(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            losses_of(model)(*batch(0)).mean().backward()
+            return next(model.parameters()).grad
+
+        if fails:
+            held = pass_1()
+            monkeypatch.setattr(ops, "perturb_", fails_the_second_time)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.first_step(zero_grad=True)
+            monkeypatch.undo()
+            del held
+            assert len(calls) == 2
+            assert_same_bits(snapshot(model), before)
+        held = pass_1()
+        optimizer.first_step(zero_grad=True)
+        del held
+        losses_of(model)(*batch(0)).mean().backward()
+        optimizer.second_step()
+        results.append(snapshot(model))
     assert_same_bits(*results)
 
 
