@@ -197,6 +197,20 @@ def _inspect_graph(loss: Tensor, params: list[Tensor], name: str) -> tuple[bool,
     return is_found, has_functions and not all(id(param) in reached for param in params)
 
 
+def leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that a backward of ``output`` adds gradients to: its graph ends at them."""
+    seen, waiting, found = set(), [output.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(function for function, _ in node.next_functions)
+    return found
+
+
 _in_cpp = native.extension
 are_same: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_same if _in_cpp else _are_same
 inspect_graph: Callable[[Tensor, list[Tensor], str], tuple[bool, bool]] = (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.distributed import is_sharded
 from esam_kernels.ranking.base import Head
+from esam_kernels.tensor_lists import leaves
 
 _BREAKS_THE_GRAPH = (
     "this ranking of ESAM reads the gradient of the head's output: compile without fullgraph=True, or take "
@@ -109,7 +110,7 @@ class HeadRecorder:
         if not self.is_listening or not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
             return
         if output.requires_grad:
-            self._before_head = self._before_head or _leaves_of(output)
+            self._before_head = self._before_head or set(map(id, leaves(output)))
             output.register_hook(_GradHook(self, _Use(inputs.detach())))
         else:
             self._saw_no_grad = True
@@ -223,20 +224,6 @@ class _GradHook:
         recorder = self._recorder()
         if recorder is not None:
             recorder.after_backward(self._use, grad)
-
-
-def _leaves_of(output: Tensor) -> set[int]:
-    """The identities of the parameters that ``output`` was computed from."""
-    seen, waiting, leaves = set(), [output.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        waiting.extend(function for function, _ in node.next_functions)
-    return leaves
 
 
 def _squared_scale(param: Tensor, eta: float) -> Tensor:

@@ -23,7 +23,7 @@ from esam_kernels.selection import (
 )
 from esam_kernels.step.perturbed_weights import PerturbedWeights
 from esam_kernels.step.replay import RandomState
-from esam_kernels.tensor_lists import GradientMarks, drop_gradients, gradients, inspect_graph
+from esam_kernels.tensor_lists import GradientMarks, drop_gradients, gradients, inspect_graph, leaves
 
 # The backward of reentrant checkpointing, in the graph of a loss.
 _REENTRANT = "CheckpointFunctionBackward"
@@ -133,11 +133,17 @@ class Phases:
         if not trained:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
         with self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext():
-            if perturbation.parameters.is_sharded or len(drawn) == len(trained):
+            takes_all = len(drawn) == len(trained) and (self.parallelism.synchronizes or not self._others(loss))
+            if perturbation.parameters.is_sharded or takes_all:
                 loss.backward()
             elif drawn:
                 self._backward_of_some(loss, drawn)
         self._ran_backward = True
+
+    def _others(self, loss: Tensor) -> list[Tensor]:
+        """What the loss can be differentiated for beside the parameters: those of another optimizer, for one."""
+        own = set(map(id, self.perturbation.params))
+        return [leaf for leaf in leaves(loss) if id(leaf) not in own]
 
     def _backward_of_some(self, loss: Tensor, drawn: list[Tensor]) -> None:
         """The gradients of the parameters ``drawn``, and of no others."""
@@ -164,7 +170,7 @@ class Phases:
             return
         # A function in the graph runs a backward of its own inside: all gradients, and then only those that were drawn.
         wanted = set(map(id, drawn))
-        others = [param for param in self.perturbation.params if id(param) not in wanted]
+        others = [param for param in self.perturbation.params if id(param) not in wanted] + self._others(loss)
         before = gradients(others)
         drop_gradients(others)
         loss.backward()

@@ -127,6 +127,37 @@ def test_gradients_of_parameters_that_are_not_drawn_stay_as_they_were():
     assert model.block[2].weight.grad is not None
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+@pytest.mark.parametrize("run", ["plain", "non-reentrant", "reentrant", "a function of its own"])
+def test_what_another_optimizer_holds_gets_the_gradients_of_pass_2_alone(run, beta):
+    """In a step and in a loop of one's own: pass 1 leaves no gradient in it, and takes none away."""
+    net = Net(run)
+    mask = "element" if run == "reentrant" else "tensor"
+    settings = {"lr": 0.1, "rho": 0.5, "beta": beta, "gamma": 1.0, "mask": mask, "backend": "reference"}
+    own = [*net.block.parameters(), *net.last.parameters()]
+    optimizer = ESAM(own, torch.optim.SGD, **settings)
+    inputs, target = oracles.batch()
+    losses = oracles.losses_of(net)
+
+    optimizer.backward(losses(inputs, target).mean())
+    assert net.first.weight.grad is None
+    net.first.weight.grad = kept = torch.full_like(net.first.weight, 3.0)
+    optimizer.zero_grad()
+    optimizer.backward(losses(inputs, target).mean())
+    assert net.first.weight.grad is kept
+    assert torch.equal(kept, torch.full_like(kept, 3.0))
+    optimizer.first_step(zero_grad=True)
+    net.first.weight.grad = None
+    losses(inputs, target).mean().backward()
+    expected = net.first.weight.grad.clone()
+    optimizer.restore()
+
+    net.first.weight.grad = None
+    optimizer._perturbation.step = 0  # draws the same once more
+    optimizer.step(losses, inputs, target)
+    assert torch.equal(net.first.weight.grad, expected)
+
+
 @pytest.mark.parametrize("inspect", [inspect_graph, _inspect_graph])
 def test_what_a_graph_hides(inspect):
     """Of parameters that take no part at all it cannot be said where a function in the graph is somebody's own."""
