@@ -64,7 +64,7 @@ class HeadRecorder:
         #: Off while the weights are perturbed: pass 2 is not recorded.
         self.is_listening = True
         self._is_pass_1 = False
-        # The parameters that the head's output depends on, by identity.
+        # The parameters that the head's output has depended on, by identity.
         self._before_head: set[int] = set()
         self.forget()
         handle = head.register_forward_hook(_Hook(self), with_kwargs=True)
@@ -95,15 +95,20 @@ class HeadRecorder:
         finally:
             self._is_pass_1 = False
 
-    def also_needed(self, drawn: list[Tensor]) -> list[Tensor]:
+    def also_needed(self, drawn: list[Tensor], loss: Tensor) -> list[Tensor]:
         """What has to be differentiated beside ``drawn``, so that the gradient of the head's output is: little or none.
 
-        None if anything drawn lies at or before the head.
+        None if anything drawn lies at or before the head in the graph of ``loss``: not every batch passes each layer.
         """
-        if not self._before_head.isdisjoint(map(id, drawn)):
-            return []
         own = [param for param in (self.head.bias, self.head.weight) if param is not None]
-        return [param for param in own if param.is_leaf and param.requires_grad][:1]
+        own = [param for param in own if param.is_leaf and param.requires_grad]
+        wanted = set(map(id, drawn))
+        if not wanted.isdisjoint(map(id, own)):
+            return []
+        reached = leaves(loss)
+        if any(id(leaf) in wanted and id(leaf) in self._before_head for leaf in reached):
+            return []
+        return own[:1] or [leaf for leaf in reached if id(leaf) not in wanted]
 
     def after_forward(self, inputs: Any, output: Any) -> None:
         """Called by the layer."""

@@ -161,7 +161,7 @@ class Phases:
                 'the optimizer with mask="element" or beta=1'
             )
         if not (is_reentrant or hides_some):
-            extra = [] if self._recorder is None else self._recorder.also_needed(drawn)
+            extra = [] if self._recorder is None else self._recorder.also_needed(drawn, loss)
             own = gradients(extra)
             drop_gradients(extra)
             loss.backward(inputs=[*drawn, *extra])

@@ -262,3 +262,38 @@ def test_a_base_optimizer_that_maximizes_takes_the_samples_that_fall_most():
     losses, batch = oracles.losses_of(model), oracles.batch(16, dtype=torch.float64)
     wanted = oracles.ranked([0.0] * 16, products(model, losses, *batch).tolist(), 8)
     assert chosen(build(model, maximize=True), losses, *batch) == wanted
+
+
+class Experts(nn.Module):
+    """A batch goes through one expert; pass 1 of the others has nothing to differentiate."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 5, dtype=torch.float64) for _ in range(3)])
+        self.head = nn.Linear(5, 3, dtype=torch.float64)
+        self.taken = 0
+
+    def forward(self, inputs):
+        return self.head(torch.tanh(self.experts[self.taken](inputs)))
+
+
+@pytest.mark.parametrize("is_head_frozen", [False, True])
+def test_the_samples_are_ranked_where_the_batch_passes_none_of_the_drawn_layers(is_head_frozen):
+    model, batch = Experts(), oracles.batch(16, dtype=torch.float64)
+    model.head.requires_grad_(not is_head_frozen)
+    losses = oracles.losses_of(model)
+    groups = [{"params": model.experts[0].parameters()}]
+    rest = [*model.experts[1:].parameters(), *model.head.parameters()]
+    optimizer = ESAM(
+        [*groups, {"params": rest, "rho": 0.0}], torch.optim.SGD, lr=0.1, rho=0.5, ranking="first_order", model=model
+    )
+    for taken in (1, 0, 2, 1):
+        model.taken = taken
+        model.head.requires_grad_(True)  # the products are those of its gradients
+        wanted = oracles.ranked([0.0] * 16, products(model, losses, *batch).tolist(), 8)
+        model.head.requires_grad_(not is_head_frozen)
+        optimizer.zero_grad()
+        assert chosen(optimizer, losses, *batch) == wanted
+        optimizer.backward(losses(*batch).mean())
+        own = ["experts.0.weight", "experts.0.bias"] if taken == 0 else []
+        assert [name for name, param in model.named_parameters() if param.grad is not None] == own
