@@ -284,9 +284,8 @@ def test_the_samples_are_ranked_where_the_batch_passes_none_of_the_drawn_layers(
     losses = oracles.losses_of(model)
     groups = [{"params": model.experts[0].parameters()}]
     rest = [*model.experts[1:].parameters(), *model.head.parameters()]
-    optimizer = ESAM(
-        [*groups, {"params": rest, "rho": 0.0}], torch.optim.SGD, lr=0.1, rho=0.5, ranking="first_order", model=model
-    )
+    groups.append({"params": rest, "rho": 0.0})
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, rho=0.5, beta=1.0, ranking="first_order", model=model)
     for taken in (1, 0, 2, 1):
         model.taken = taken
         model.head.requires_grad_(True)  # the products are those of its gradients
