@@ -19,7 +19,7 @@ from esam_kernels.perturbation.flat_buffer import (
     why_not_all_flattenable,
     why_not_flattenable,
 )
-from esam_kernels.tensor_lists import are_same, trained
+from esam_kernels.tensor_lists import addresses, are_same, trained
 
 # Parameters begin at whole Philox counters.
 _OFFSET_STEP = 4
@@ -47,6 +47,8 @@ class Parameters:
         if len(set(map(id, params))) != len(params):
             raise ValueError("a parameter is in the groups twice: it would be updated twice")
         self.tensors: list[Tensor] = params
+        self.is_sharded = any(distributed.is_sharded(param) for param in params)
+        self.buffers: FlatBuffers | None = None
         self._find_ties()
         reason = why_not_flattenable(params)
         if flatten and (why := why_not_all_flattenable(params)) is not None:
@@ -54,9 +56,12 @@ class Parameters:
         self.groups = [number for number, group in enumerate(param_groups) for _ in group["params"]]
         self._sizes = [len(group["params"]) for group in param_groups]
         self.offsets = _element_offsets(params)
-        self.devices = {param.device for param in params}
-        self.is_sharded = any(distributed.is_sharded(param) for param in params)
         self.buffers = FlatBuffers(params) if flatten is not False and reason is None else None
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the parameters lie now: a model may be moved after the optimizer was built."""
+        return {param.device for param in self.tensors}
 
     def are_those_of(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups still hold these parameters, in the same order and groups."""
@@ -67,8 +72,11 @@ class Parameters:
         return list(map(len, lists)) == self._sizes and all(map(operator.is_, held, self.tensors))
 
     def refresh(self) -> None:
-        """Flatten again if somebody has moved a parameter out of its buffer."""
-        if self.buffers is not None and self.buffers.refresh():
+        """Flatten again if somebody has moved a parameter out of its buffer, and find the ties anew."""
+        if self.is_sharded:
+            return
+        has_moved = addresses(self.tensors) != self._addresses if self.buffers is None else self.buffers.refresh()
+        if has_moved:
             self._find_ties()
             self.offsets = _element_offsets(self.tensors)
 
@@ -79,6 +87,8 @@ class Parameters:
     def _find_ties(self) -> None:
         self.tied_to = owners([distributed.local_part(param) for param in self.tensors])
         self.has_ties = self.tied_to != list(range(len(self.tensors)))
+        # Flat buffers know their own.
+        self._addresses = [] if self.is_sharded or self.buffers is not None else addresses(self.tensors)
 
 
 def listed(param_groups: Sequence[dict[str, Any]]) -> list[Tensor]:

@@ -100,7 +100,7 @@ def test_models_on_several_devices_or_ranks_are_refused(gpu, monkeypatch):
     training = Training(CPU, "native")
     devices = {torch.device("cuda:0"), torch.device("cuda:1")}
     with pytest.MonkeyPatch.context() as patch, nothing_changes(training):
-        patch.setattr(training.optimizer._perturbation.parameters, "devices", devices)
+        patch.setattr(type(training.optimizer._perturbation.parameters), "devices", devices)
         with pytest.raises(ValueError, match="the parameters are on cuda:0 and cuda:1"):
             make_graphed_step(training.optimizer, training.losses, *batches(CPU, 1)[0])
     given = batches(CPU, 1)[0]

@@ -1,6 +1,7 @@
 """Contract points 5, 6, 8 and 9, and what users expect of a torch optimizer: freezing, noise, schedulers, AMP."""
 
 import warnings
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -137,6 +138,17 @@ def test_the_random_state_is_kept_only_where_it_is_replayed(gamma, expected, mon
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=gamma, model=model)
     optimizer.step(lambda inputs: model(inputs).square().mean(dim=1), torch.ones(4, 6))
     assert len(kept) == expected
+
+
+def test_the_noise_is_replayed_on_the_device_that_the_model_was_moved_to(monkeypatch):
+    """After ``model.to(...)`` the parameters are the same objects, elsewhere."""
+    kept = []
+    monkeypatch.setattr(phases, "RandomState", lambda devices: kept.append(set(devices)))
+    optimizer = ESAM(oracles.mlp().parameters(), torch.optim.SGD, lr=0.1)
+    moved = [SimpleNamespace(device=torch.device("cuda", number)) for number in (1, 2)]
+    monkeypatch.setattr(optimizer._perturbation.parameters, "tensors", moved)
+    optimizer._phases.noise()
+    assert kept == [{torch.device("cuda", 1), torch.device("cuda", 2)}]
 
 
 def test_the_replay_leaves_the_generator_where_the_first_forward_had_left_it():

@@ -167,6 +167,31 @@ def test_tied_parameters_that_nobody_else_holds_move_together():
     assert params[0].data_ptr() == params[1].data_ptr() != pointer
 
 
+@pytest.mark.parametrize("flatten", [None, False])
+@pytest.mark.parametrize("are_tied_at_first", [False, True])
+def test_parameters_that_are_tied_or_untied_after_the_optimizer_was_built_are_noticed(are_tied_at_first, flatten):
+    """Perturbed once, along the sum of their gradients, or each along its own; and restored bit for bit."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(3)]
+    first, second, _ = (layer.weight for layer in layers)
+    if are_tied_at_first:
+        second.data = first.data
+    model = nn.Sequential(*layers)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, flatten=flatten)
+    second.data = second.data.clone() if are_tied_at_first else first.data
+    before = oracles.weights_of(model)
+    model(torch.randn(5, 4, dtype=torch.float64)).square().mean().backward()
+    grads = [param.grad.clone() for param in model.parameters()]
+    if not are_tied_at_first:
+        grads = [grads[0] + grads[1], grads[2]]
+    norm = sum(grad.square().sum() for grad in grads).sqrt()
+    optimizer.first_step()
+    moved = [now - then for now, then in zip(oracles.weights_of(model), before)]
+    torch.testing.assert_close(moved if are_tied_at_first else moved[1:], [0.5 * grad / norm for grad in grads])
+    optimizer.restore()
+    assert oracles.same_bits(before, oracles.weights_of(model))
+
+
 def test_a_second_optimizer_leaves_flat_parameters_in_their_place():
     model = oracles.mlp()
     first = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
