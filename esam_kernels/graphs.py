@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from esam_kernels import uploads
+from esam_kernels import held_graphs, uploads
 from esam_kernels.capturable import check_arguments, check_batch, check_capturable, name_of
 from esam_kernels.captures import (
     Capture,
@@ -83,7 +83,7 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
     Returns:
         A function that is called with a batch, ``step(*batch)``, or as ``optimizer.step`` is,
         ``step(closure, *batch)``. It returns what ``optimizer.step`` returns: the mean loss, and what else the closure
-        returned.
+        returned, detached.
 
     Raises:
         TypeError: not an ESAM or SAM, or a closure that cannot be called.
@@ -109,7 +109,7 @@ class _EagerStep:
         self.closure = closure
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.optimizer.step(self.closure, *self._batch(arguments, options))
+        return held_graphs.detached(self.optimizer.step(self.closure, *self._batch(arguments, options)))
 
     def _batch(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         if options:
@@ -156,7 +156,7 @@ class _GraphedStep(_EagerStep):
     def _step(self, optimizer: ESAM, closure: Any = None, *batch: Any, **options: Any) -> Any:
         if options or closure != self.closure or _layout(batch) != self._layout:
             logger.debug("graphed step: another layout, closure or options: this step runs eagerly")
-            return optimizer.step(closure, *batch, **options)
+            return held_graphs.detached(optimizer.step(closure, *batch, **options))
         return self._run(batch)
 
     def _run(self, batch: tuple[Any, ...]) -> Any:
@@ -226,7 +226,7 @@ class _GraphedStep(_EagerStep):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream), self._as_in_a_graph():
-                return self.optimizer.step(self.closure, *self._inputs)
+                return held_graphs.detached(self.optimizer.step(self.closure, *self._inputs))
         finally:  # also after an exception: the weights are restored on that stream
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
@@ -237,7 +237,7 @@ class _GraphedStep(_EagerStep):
             # torch's allocator refuses a pool whose graphs are all gone while a piece of its memory is in use.
             self._pool = torch.cuda.graph_pool_handle()
         self.optimizer._phases.drop_gradients()
-        before = HostState(self.optimizer)
+        before, held = HostState(self.optimizer), held_graphs.told(self.optimizer._perturbation.params)
         graph = torch.cuda.CUDAGraph()
         self._noise.register(graph)
         try:
@@ -249,7 +249,7 @@ class _GraphedStep(_EagerStep):
                 uploads.keeping() as kept,
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                result = self.optimizer.step(self.closure, *self._inputs)
+                result = held_graphs.detached(self.optimizer.step(self.closure, *self._inputs))
             before.end()
         except BaseException as error:
             self._begin_anew(graph)
@@ -260,7 +260,7 @@ class _GraphedStep(_EagerStep):
                 f"the step cannot be captured in a CUDA graph: {first_cause(error)}\n"
                 "A graph allows nothing that waits for the device (.item(), print, if tensor:), no shapes that depend "
                 "on values, and no copies from ordinary memory of the host. Take such calls out of the closure and the "
-                "model, or call optimizer.step in place of the graphed step. Nothing was changed by this call"
+                f"model, or call optimizer.step in place of the graphed step. {held}Nothing was changed by this call"
             ) from error
         capture.graph, capture.result = graph, result
         uploads.release_with(capture, kept, self._device)

@@ -54,6 +54,19 @@ def test_the_closure_may_be_left_out_of_the_call():
     assert torch.equal(weights(model), weights(other_model))
 
 
+def test_outputs_of_the_closure_are_returned_detached():
+    model, optimizer = build()
+
+    def losses(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(inputs)
+        return cross_entropy(logits, targets), logits
+
+    expected = model(INPUTS)
+    loss, logits = make_graphed_step(optimizer, losses, INPUTS, TARGETS)(INPUTS, TARGETS)
+    assert torch.equal(logits, expected)
+    assert (loss.requires_grad, logits.requires_grad) == (False, False)
+
+
 def test_the_closure_may_be_a_method():
     class Trainer:
         def __init__(self):

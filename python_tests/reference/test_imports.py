@@ -22,7 +22,7 @@ LAYERS = [
     ["state"],
     ["step"],
     ["optimizer"],
-    ["captures", "capturable"],
+    ["captures", "capturable", "held_graphs"],
     ["graphs", "schedules", "diagnostics", "doctor"],
     ["__init__", "__main__"],
 ]
