@@ -576,7 +576,7 @@ class ESAM(Optimizer):
                 pass takes.
             micro_batch: at most so many samples at a time, each part with its own perturbation and its own B+
                 (m-sharpness); the gradients of the second passes add up to that of the mean over all B+.
-            max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does.
+            max_grad_norm: clip the norm of the second gradient, as ``torch.nn.utils.clip_grad_norm_`` does; above 0.
             scaler: scales the losses, and takes the base optimizer's step or skips it where a gradient of either pass
                 is not finite. ``scaler.update()`` remains the caller's. The first gradient needs no unscaling: e does
                 not depend on its length.
@@ -592,7 +592,8 @@ class ESAM(Optimizer):
 
         Raises:
             RuntimeError: no closure, or within another step.
-            ValueError: an empty batch, samples of different number, or losses that are not one number a sample.
+            ValueError: an empty batch, samples of different number, losses that are not one number a sample, or a
+                max_grad_norm that is not above 0.
 
         """
         self._follow()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class WholeStep:
             )
         if not batch and not (micro_batch is None and max_grad_norm is None and scaler is None):
             raise ValueError("micro_batch, max_grad_norm and scaler need the batch: step(losses, *batch, ...)")
+        _check_max_grad_norm(max_grad_norm)
         if phases.weights.is_open and not batch:
             return self._finish(closure, scaling)
         # torch.distributed.checkpoint takes such a step to make the base optimizer create its state.
@@ -156,3 +158,9 @@ class WholeStep:
             self._said_rate_zero = True
         perturbation.base.step()
         perturbation.ascent.prepare(perturbation.params)
+
+
+def _check_max_grad_norm(value: Any) -> None:
+    """Refuse what torch would take: 0 stops the training, a negative one turns its direction, NaN ends it."""
+    if not (value is None or isinstance(value, Tensor) or (isinstance(value, Real) and float(value) > 0.0)):
+        raise ValueError(f"max_grad_norm must be a number above 0, or None to clip nothing, got {value!r}")

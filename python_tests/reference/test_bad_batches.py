@@ -40,6 +40,24 @@ def test_a_bad_batch_is_refused_before_anything_is_computed(batch, error, messag
     oracles.assert_refused(lambda: optimizer.step(losses, *batch), error, message, model, optimizer)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1"])
+def test_a_bad_max_grad_norm_is_refused_before_anything_is_computed(value):
+    """torch takes the numbers: 0 stops the training, a negative one turns its direction, NaN ends it."""
+    model = oracles.mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+    def losses(*_):
+        pytest.fail("the closure was called")
+
+    oracles.assert_refused(
+        lambda: optimizer.step(losses, *oracles.batch(), max_grad_norm=value),
+        ValueError,
+        f"max_grad_norm must be a number above 0, or None to clip nothing, got {value!r}",
+        model,
+        optimizer,
+    )
+
+
 @pytest.mark.parametrize("micro_batch", [0, -1, 1.5])
 def test_a_bad_micro_batch_is_refused_before_anything_is_computed(micro_batch):
     model, optimizer = trained()
