@@ -49,7 +49,9 @@ paper: $(READY)
 
 # On a machine with a CUDA device, without network: all stages in order, going on where an earlier call stopped, or
 # make gpu STAGE=build|kernels|steps|graphs|large|sanitizer|perturb|steps-bench|loss|memory. A call takes less than nine
-# minutes, a stage by itself less than eight. Rows, logs, JUnit XML: benchmarks/results/<device>/, and under $OUT.
+# minutes, a stage by itself less than eight, with what is built first. Rows, logs, JUnit XML:
+# benchmarks/results/<device>/, and as one archive under $OUT.
+gpu: export ESAM_GPU_BEGAN := $(shell date +%s)
 gpu: $(READY)
 	@$(RUN) -m benchmarks.gpu $(STAGE)
 

@@ -91,6 +91,12 @@ def chosen(stages: Sequence[Stage], asked: Sequence[str], journal: Journal, is_b
     return [stage for stage in stages if stage.name in names]
 
 
+def seconds_before() -> float:
+    """How long ago ``make`` began: what it builds first is part of the call."""
+    began = os.environ.get("ESAM_GPU_BEGAN")
+    return max(0.0, time.time() - float(began)) if began else 0.0
+
+
 def main() -> int:
     asked, known = sys.argv[1:], [stage.name for stage in STAGES]
     unknown = [name for name in asked if name not in known]
@@ -105,8 +111,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in rows.environment(device).items()), flush=True)
     target = os.environ.get("OUT")
-    seconds = STAGE_SECONDS if len(asked) == 1 else CALL_SECONDS
-    with Mirror(folder, Path(target) / folder.name if target else None):
+    seconds = (STAGE_SECONDS if len(asked) == 1 else CALL_SECONDS) - seconds_before()
+    with Mirror(folder, Path(target) / f"{folder.name}.tar.gz" if target else None):
         journal = Journal(folder / "stages.jsonl", rows.commit())
         is_built = any((rows.ROOT / "esam_kernels").glob("_cuda*.so"))
         run = Run(folder, journal.commit, seconds, STAGE_SECONDS, LEAST_SECONDS)

@@ -63,10 +63,12 @@ HOW = """
 {stages}
 
 - **Time.** A stage may take its seconds and those that earlier stages have left over; one that was named alone, eight
-  minutes. A call without a name ends within nine minutes, and the next call goes on. Nothing needs the network.
-- **Results** are written as they come, to `benchmarks/results/<device>/` and, if the variable `OUT` is set, also to
-  that folder: `stages.jsonl` (how each stage ended), one `.log` for each stage, `.jsonl` and JUnit `.xml` of its tests,
-  `.jsonl` of the cases that are measured, and the rows.
+  minutes. A call without a name ends within nine minutes, and the next call goes on. The time in which `make` builds
+  the extensions, at its first call, counts. Nothing needs the network.
+- **Results** are written as they come, to `benchmarks/results/<device>/`: `stages.jsonl` (how each stage ended), one
+  `.log` for each stage, `.jsonl` and JUnit `.xml` of its tests, `.jsonl` of the cases that are measured, and the rows.
+  If the variable `OUT` is set, that folder also gets them as one archive, `<device>.tar.gz`. To go on with them on
+  another machine, unpack it there first: `tar -xzf <device>.tar.gz -C benchmarks/results`.
 - **If something breaks.** A stage that is stopped loses the test or the case that it was at. Tests run in several
   processes: one that dies, hangs or meets an error of CUDA after which nothing works is replaced, and costs one test.
 - **Commits.** Where there is no `.git`, set `ESAM_COMMIT` to the commit. A later commit starts again from the first

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
+import tarfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -90,16 +90,20 @@ class Session:
 
 
 class Mirror:
-    """Copies ``folder`` to ``target`` while the block runs: what is cut off there has been brought away already."""
+    """Packs ``folder`` into the archive ``target`` while the block runs: what is cut off there has been brought away.
+
+    One file, since whoever fetches it may be given few. It holds the folder under its own name.
+    """
 
     def __init__(self, folder: Path, target: Path | None) -> None:
         self._folder, self._target = folder, target
-        self._seen: dict[Path, tuple[int, int]] = {}
+        self._packed: dict[Path, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> Mirror:
         if self._target is not None:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
             self._thread.start()
         return self
 
@@ -107,21 +111,22 @@ class Mirror:
         self._stop.set()
         if self._target is not None:
             self._thread.join()
-            self._copy()
+            self._pack(self._target)
 
     def _repeat(self) -> None:
-        while not self._stop.wait(MIRROR_SECONDS):
-            self._copy()
-
-    def _copy(self) -> None:
         assert self._target is not None
-        for path in self._folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # replaced at this moment: the next round takes it
-                if not path.is_file():
-                    continue
-                state = (path.stat().st_mtime_ns, path.stat().st_size)
-                if self._seen.get(path) != state:
-                    copy = self._target / path.relative_to(self._folder)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, copy)
-                    self._seen[path] = state
+        while not self._stop.wait(MIRROR_SECONDS):
+            with contextlib.suppress(OSError):  # a file has gone or become shorter meanwhile: the next round takes it
+                self._pack(self._target)
+
+    def _pack(self, target: Path) -> None:
+        files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        found = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+        if found == self._packed:
+            return
+        part = target.with_name(f"{target.name}.part")
+        with tarfile.open(part, "w:gz", compresslevel=1) as archive:
+            for path in files:
+                archive.add(path, path.relative_to(self._folder.parent))
+        os.replace(part, target)  # in one step: the archive is whole at any moment
+        self._packed = found

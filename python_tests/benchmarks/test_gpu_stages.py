@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -151,18 +152,54 @@ def test_a_line_that_a_kill_has_cut_short_is_passed_over(tmp_path):
     assert list(journal.entries()) == ["first", "third"]
 
 
-def test_what_is_written_is_copied_while_the_stages_run(tmp_path, monkeypatch):
+def packed(archive):
+    with tarfile.open(archive) as opened:
+        return {member.name: opened.extractfile(member).read().decode() for member in opened}
+
+
+def test_what_is_written_is_packed_into_one_file_while_the_stages_run(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "MIRROR_SECONDS", 0.01)
-    folder, target = tmp_path / "folder", tmp_path / "out" / "card"
+    folder, target = tmp_path / "card", tmp_path / "out" / "card.tar.gz"
     folder.mkdir()
     with Mirror(folder, target):
         (folder / "stage.log").write_text("first")
         deadline = time.monotonic() + 10
-        while not (target / "stage.log").exists() and time.monotonic() < deadline:
+        while not target.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert (target / "stage.log").exists(), "only at the end: a call that is killed would lose it"
+        assert target.exists(), "only at the end: a call that is killed would lose it"
         (folder / "stage.log").write_text("first and last")
-    assert (target / "stage.log").read_text() == "first and last"
+        (folder / "rows.json").write_text("[]")
+    assert packed(target) == {"card/stage.log": "first and last", "card/rows.json": "[]"}
+    assert [path.name for path in target.parent.iterdir()] == ["card.tar.gz"]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_packed_is_taken_in_the_next_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "MIRROR_SECONDS", 0.01)
+    folder, target, add, rounds = tmp_path / "card", tmp_path / "card.tar.gz", tarfile.TarFile.add, []
+    folder.mkdir()
+    (folder / "rows.json").write_text("[1]")
+
+    def adding(archive, *arguments):
+        rounds.append(None)
+        if len(rounds) == 1:
+            raise OSError("unexpected end of data")
+        add(archive, *arguments)
+
+    monkeypatch.setattr(tarfile.TarFile, "add", adding)
+    with Mirror(folder, target):
+        deadline = time.monotonic() + 10
+        while not target.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert packed(target) == {"card/rows.json": "[1]"}
+
+
+def test_what_make_has_built_first_is_part_of_the_time_of_a_call(monkeypatch):
+    monkeypatch.delenv("ESAM_GPU_BEGAN", raising=False)
+    assert gpu.seconds_before() == 0.0
+    monkeypatch.setenv("ESAM_GPU_BEGAN", str(int(time.time()) - 90))
+    assert 90.0 <= gpu.seconds_before() <= 92.0
+    monkeypatch.setenv("ESAM_GPU_BEGAN", str(int(time.time()) + 90))
+    assert gpu.seconds_before() == 0.0, "a clock that was set back gives no more time"
 
 
 @pytest.mark.parametrize(

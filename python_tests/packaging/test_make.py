@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_without_a_venv_the_extension_is_built_in_place_once(project):
     assert "setup.py -q build_ext --inplace" in said.splitlines()
     assert f"path {project}:/somewhere/of mine" in said.splitlines()
     assert "build_ext" not in make(project, "doctor", "VENV=none", f"PYTHON={sys.executable}")[1]
+
+
+def test_make_gpu_says_when_it_began_before_it_builds(project):
+    """A build takes a minute or two, and the call that contains it has nine."""
+    (project / "benchmarks" / "gpu").mkdir(parents=True)
+    for package in ("benchmarks", "benchmarks/gpu"):
+        (project / package / "__init__.py").touch()
+    (project / "benchmarks" / "gpu" / "__main__.py").write_text("import os; print('b', os.environ['ESAM_GPU_BEGAN'])")
+    (project / "setup.py").write_text("import time; time.sleep(2)")
+    before = int(time.time())
+    code, said = make(project, "gpu", "VENV=none", f"PYTHON={sys.executable}")
+    assert code == 0, said
+    began = int(said.split("b ")[-1])
+    assert before <= began <= time.time() - 2
 
 
 def test_without_a_venv_and_without_torch_one_line_says_so(project, tmp_path):
