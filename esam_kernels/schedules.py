@@ -86,7 +86,8 @@ class Schedule:
         groups = self.optimizer.param_groups
         own = [group.setdefault("initial_rho", group["rho"]) for group in groups]
         new = own[len(self.takes_part) :]
-        self.takes_part += [rho > 0.0 or not any(own) for rho in new]
+        # Another list: a state that was saved holds the one there was.
+        self.takes_part = self.takes_part + [rho > 0.0 or not any(own) for rho in new]
 
     def _check(self, value: float) -> float:
         return check_rho(value) if self.name == "rho" else check_share(self.name, value)
@@ -195,7 +196,8 @@ class RhoProportionalToLR(Schedule):
     >>> rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     >>> radius = RhoProportionalToLR(optimizer)
 
-    rho_0 and lr_0 are the group's values when this is built. Call ``step()`` after the learning rate's scheduler.
+    rho_0 and lr_0 are the group's values when this is built, or at the next ``step()`` after the group was added. Call
+    ``step()`` after the learning rate's scheduler.
 
     Raises:
         TypeError: ``optimizer`` is no ESAM or SAM.
@@ -205,10 +207,7 @@ class RhoProportionalToLR(Schedule):
     def __init__(self, optimizer: ESAM) -> None:
         if not isinstance(optimizer, ESAM):
             raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        if not all(rate > 0.0 for rate in rates):
-            raise ValueError(f"rho can only follow learning rates that start above 0, got {rates}")
-        self.ratios = [group["rho"] / rate for group, rate in zip(optimizer.param_groups, rates)]
+        self.ratios: list[float] = []
         super().__init__(optimizer, "rho")
 
     def value(self) -> float:
@@ -216,6 +215,11 @@ class RhoProportionalToLR(Schedule):
         return self.ratios[0] * float(self.optimizer.param_groups[0]["lr"])
 
     def _apply(self) -> None:
+        new = self.optimizer.param_groups[len(self.ratios) :]
+        rates = [float(group["lr"]) for group in new]
+        if not all(rate > 0.0 for rate in rates):
+            raise ValueError(f"rho can only follow learning rates that start above 0, got {rates}")
+        self.ratios = self.ratios + [group["rho"] / rate for group, rate in zip(new, rates)]
         self._last_value = self.value()
         for group, ratio in zip(self.optimizer.param_groups, self.ratios):
             group["rho"] = ratio * float(group["lr"])

@@ -189,6 +189,43 @@ def test_rho_follows_the_learning_rate_of_each_group():
         schedule.step()
 
 
+def test_rho_follows_the_learning_rate_of_a_group_that_is_added_later():
+    """Gradual unfreezing: from the next step of the schedule on."""
+    params = list(oracles.mlp().parameters())
+    optimizer = SAM(params[:2], torch.optim.SGD, lr=0.4, rho=0.2)
+    schedule = RhoProportionalToLR(optimizer)
+    optimizer.add_param_group({"params": params[2:4], "rho": 0.6, "lr": 0.1})
+    schedule.step()
+    optimizer.add_param_group({"params": params[4:], "rho": 0.0})
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    schedule.step()
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.3, 0.0])
+    saved = schedule.state_dict()
+    resumed = RhoProportionalToLR(optimizer)
+    resumed.load_state_dict(saved)
+    optimizer.param_groups[1]["lr"] /= 3
+    resumed.step()
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.0])
+
+
+def test_a_saved_state_is_not_changed_by_the_schedule_that_it_was_saved_from():
+    params = list(oracles.mlp().parameters())
+
+    def schedule_with_another_group(rho, saved=None):
+        optimizer = SAM(params[:2], torch.optim.SGD, lr=0.1, rho=0.2)
+        schedule = LinearSchedule(optimizer, "rho", 0.2, 0.1, total_iters=2)
+        saved = schedule.state_dict() if saved is None else saved
+        schedule.load_state_dict(saved)
+        optimizer.add_param_group({"params": params[2:], "rho": rho})
+        schedule.step()
+        return [group["rho"] for group in optimizer.param_groups], saved
+
+    radii, saved = schedule_with_another_group(0.2)
+    assert radii == pytest.approx([0.15, 0.15])
+    assert schedule_with_another_group(0.0, saved)[0] == pytest.approx([0.15, 0.0])
+
+
 @pytest.mark.parametrize(
     "make",
     [
