@@ -8,6 +8,7 @@ used by nobody else as long as the graph lives.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,9 +35,10 @@ def staged(values: Tensor, device: torch.device) -> Tensor:
         return values
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
-    if key not in _rings:
-        _rings[key] = PinnedRing(_pinned(SEGMENTS * SEGMENT_BYTES).chunk(SEGMENTS), torch.cuda.Event, stream)
-    place = _rings[key].place(values.nbytes)
+    rings = _rings.of_stream
+    if key not in rings:
+        rings[key] = PinnedRing(_pinned(SEGMENTS * SEGMENT_BYTES).chunk(SEGMENTS), torch.cuda.Event, stream)
+    place = rings[key].place(values.nbytes)
     # torch's own pinned memory: it waits nowhere either, but where it has none left it asks the driver for more
     return values.pin_memory() if place is None else place.view(values.dtype).view(values.shape).copy_(values)
 
@@ -77,8 +79,16 @@ class PinnedRing:
         return self._segments[self._current][start : start + nbytes]
 
 
-# One for each stream: an event says what one stream has read.
-_rings: dict[tuple[int, int], PinnedRing] = {}
+class _Rings(threading.local):
+    """One for each stream, since an event says what one stream has read; and for each thread, since threads share the
+    default stream, and none may be given memory between another's :meth:`PinnedRing.place` and its copy.
+    """
+
+    def __init__(self) -> None:
+        self.of_stream: dict[tuple[int, int], PinnedRing] = {}
+
+
+_rings = _Rings()
 
 
 def _aligned(nbytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -76,8 +77,9 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(uploads, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    for name, empty in (("_staging", []), ("_needed", [0]), ("_retired", []), ("_keepers", [[]]), ("_rings", {})):
+    for name, empty in (("_staging", []), ("_needed", [0]), ("_retired", []), ("_keepers", [[]])):
         monkeypatch.setattr(uploads, name, empty)
+    monkeypatch.setattr(uploads, "_rings", uploads._Rings())
 
 
 def test_eager_copies_go_through_one_ring_of_each_stream_and_past_it_when_it_is_full(device, monkeypatch):
@@ -85,7 +87,7 @@ def test_eager_copies_go_through_one_ring_of_each_stream_and_past_it_when_it_is_
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
     given = [torch.arange(6.0).view(2, 3) + i for i in range(8)]
     staged = [uploads.staged(values, CUDA) for values in given]
-    ring = uploads._rings[0, 7]._segments[0]
+    ring = uploads._rings.of_stream[0, 7]._segments[0]
     inside = [0 <= values.data_ptr() - ring.data_ptr() < 4 * 64 for values in staged]
     # two of 24 bytes in each of four segments of 64
     assert inside == [True] * 8
@@ -93,6 +95,19 @@ def test_eager_copies_go_through_one_ring_of_each_stream_and_past_it_when_it_is_
     for values, expected in zip(staged, given, strict=True):
         assert torch.equal(values, expected)
     assert uploads.staged(given[0], torch.device("cpu")) is given[0]
+
+
+def test_another_thread_is_never_given_memory_from_which_this_one_has_yet_to_queue_its_copy(device, monkeypatch):
+    """All threads share the default stream. The device is done with all that was queued."""
+    monkeypatch.setattr(uploads, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(Event, "done", 1000)
+    ours = uploads.staged(torch.arange(8), CUDA)
+    theirs = []
+    other = threading.Thread(target=lambda: theirs.extend(uploads.staged(torch.zeros(8), CUDA) for _ in range(8)))
+    other.start()
+    other.join()
+    assert len(theirs) == 8
+    assert ours.tolist() == list(range(8))
 
 
 def test_only_a_cuda_stream_is_asked_whether_it_captures(monkeypatch):
