@@ -1,5 +1,6 @@
 #include "autograd.h"
 
+#include <c10/util/flat_hash_map.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -8,7 +9,6 @@
 #include <optional>
 #include <string>
 #include <typeinfo>
-#include <unordered_set>
 #include <vector>
 
 #include "refusals.h"
@@ -85,36 +85,62 @@ bool hides_nothing(const std::string& name) {
          name.rfind("GeneratedBackwardFor", 0) == 0;
 }
 
-// Of the graph of a loss: whether it holds a torch.autograd.Function whose backward has this name, and whether a
-// backward of it may compute gradients of `params` that its edges do not show.
-py::tuple inspect_graph(const py::object& loss, const py::list& params, const std::string& name) {
+// Calls `on_leaf` with each variable that a backward of `output` adds a gradient to, and `on_node` with each other node
+// of its graph, once.
+template <typename OnLeaf, typename OnNode>
+void walk(const at::Tensor& output, OnLeaf on_leaf, OnNode on_node) {
   std::vector<torch::autograd::Node*> open;
-  std::unordered_set<torch::autograd::Node*> seen;
-  std::unordered_set<const at::TensorImpl*> reached;
-  bool is_found = false, has_functions = false;
+  ska::flat_hash_set<torch::autograd::Node*> seen;
   const auto visit = [&](torch::autograd::Node* node) {
     if (node != nullptr && seen.insert(node).second) open.push_back(node);
   };
-  visit(unpack(loss, "loss").grad_fn().get());
+  visit(output.grad_fn().get());
   while (!open.empty()) {
     torch::autograd::Node* const node = open.back();
     open.pop_back();
     if (const auto* const leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) {
-      reached.insert(leaf->variable.unsafeGetTensorImpl());
+      on_leaf(leaf->variable);
       continue;
     }
-    if (is_python_function(*node)) {
-      const std::string its_name = node->name();
-      is_found = is_found || its_name == name;
-      has_functions = has_functions || !hides_nothing(its_name);
-    }
+    on_node(*node);
     for (const torch::autograd::Edge& edge : node->next_edges()) visit(edge.function.get());
   }
+}
+
+// Of the graph of a loss: whether it holds a torch.autograd.Function whose backward has this name, and whether a
+// backward of it may compute gradients of `params` that its edges do not show.
+py::tuple inspect_graph(const py::object& loss, const py::list& params, const std::string& name) {
+  ska::flat_hash_set<const at::TensorImpl*> reached;
+  bool is_found = false, has_functions = false;
+  walk(
+      unpack(loss, "loss"), [&](const at::Tensor& leaf) { reached.insert(leaf.unsafeGetTensorImpl()); },
+      [&](const torch::autograd::Node& node) {
+        if (!is_python_function(node)) return;
+        const std::string its_name = node.name();
+        is_found = is_found || its_name == name;
+        has_functions = has_functions || !hides_nothing(its_name);
+      });
   bool hides = false;
   for (Py_ssize_t i = 0; has_functions && !hides && i < PyList_GET_SIZE(params.ptr()); ++i) {
     hides = reached.count(unpack(params, i).unsafeGetTensorImpl()) == 0;
   }
   return py::make_tuple(is_found, hides);
+}
+
+// The tensors that a backward of `output` adds gradients to, but for `known` ones.
+py::list leaves(const py::object& output, const py::list& known) {
+  ska::flat_hash_set<const at::TensorImpl*> left_out;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(known.ptr()); ++i) left_out.insert(unpack(known, i).unsafeGetTensorImpl());
+  py::list found;
+  walk(
+      unpack(output, "output"),
+      [&](const at::Tensor& leaf) {
+        if (left_out.count(leaf.unsafeGetTensorImpl()) == 0) {
+          found.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(leaf)));
+        }
+      },
+      [](const torch::autograd::Node&) {});
+  return found;
 }
 
 }  // namespace
@@ -127,6 +153,7 @@ void register_autograd(py::module_& module) {
       .def("any_other", &GradientMarks::any_other)
       .def("any_written", &GradientMarks::any_written);
   module.def("inspect_graph", &inspect_graph);
+  module.def("leaves", &leaves);
 }
 
 }  // namespace esam

@@ -197,15 +197,16 @@ def _inspect_graph(loss: Tensor, params: list[Tensor], name: str) -> tuple[bool,
     return is_found, has_functions and not all(id(param) in reached for param in params)
 
 
-def leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that a backward of ``output`` adds gradients to: its graph ends at them."""
+def _leaves(output: Tensor, known: list[Tensor]) -> list[Tensor]:
+    """The tensors that a backward of ``output`` adds gradients to, but for ``known`` ones."""
     seen, waiting, found = set(), [output.grad_fn], []
+    left_out = set(map(id, known))
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable") and id(node.variable) not in left_out:
             found.append(node.variable)
         waiting.extend(function for function, _ in node.next_functions)
     return found
@@ -216,6 +217,7 @@ are_same: Callable[[list[Tensor], list[Tensor]], bool] = _in_cpp.are_same if _in
 inspect_graph: Callable[[Tensor, list[Tensor], str], tuple[bool, bool]] = (
     _in_cpp.inspect_graph if _in_cpp else _inspect_graph
 )
+leaves: Callable[[Tensor, list[Tensor]], list[Tensor]] = _in_cpp.leaves if _in_cpp else _leaves
 GradientMarks: type[_GradientMarks] = _in_cpp.GradientMarks if _in_cpp else _GradientMarks
 mark_memory: Callable[[list[Tensor]], MemoryMarks] = _in_cpp.MemoryMarks if _in_cpp else MemoryMarks
 tensors_in: Callable[[dict[Any, Any]], list[Tensor]] = _in_cpp.tensors_in if _in_cpp else _tensors_in

@@ -105,7 +105,7 @@ class HeadRecorder:
         wanted = set(map(id, drawn))
         if not wanted.isdisjoint(map(id, own)):
             return []
-        reached = leaves(loss)
+        reached = leaves(loss, [])
         if any(id(leaf) in wanted and id(leaf) in self._before_head for leaf in reached):
             return []
         return own[:1] or [leaf for leaf in reached if id(leaf) not in wanted]
@@ -115,7 +115,7 @@ class HeadRecorder:
         if not self.is_listening or not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
             return
         if output.requires_grad:
-            self._before_head = self._before_head or set(map(id, leaves(output)))
+            self._before_head = self._before_head or set(map(id, leaves(output, [])))
             output.register_hook(_GradHook(self, _Use(inputs.detach())))
         else:
             self._saw_no_grad = True

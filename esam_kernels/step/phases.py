@@ -142,8 +142,7 @@ class Phases:
 
     def _others(self, loss: Tensor) -> list[Tensor]:
         """What the loss can be differentiated for beside the parameters: those of another optimizer, for one."""
-        own = set(map(id, self.perturbation.params))
-        return [leaf for leaf in leaves(loss) if id(leaf) not in own]
+        return leaves(loss, self.perturbation.params)
 
     def _backward_of_some(self, loss: Tensor, drawn: list[Tensor]) -> None:
         """The gradients of the parameters ``drawn``, and of no others."""

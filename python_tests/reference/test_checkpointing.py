@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esam_kernels import ESAM, SAM, cross_entropy
 from esam_kernels.perturbation.draw import TensorDraw
-from esam_kernels.tensor_lists import _inspect_graph, inspect_graph
+from esam_kernels.tensor_lists import _inspect_graph, _leaves, inspect_graph, leaves
 
 
 class Recomputed(torch.autograd.Function):
@@ -175,3 +175,14 @@ def test_what_a_graph_hides(inspect):
         assert inspect(loss, outside, name) == (expected[0], False)
         assert inspect(loss, list(model.parameters()), name) == expected[:2]
         assert inspect(loss, [*outside, unused], name) == (expected[0], expected[2])
+
+
+@pytest.mark.parametrize("find", [leaves, _leaves])
+def test_the_leaves_of_a_graph(find):
+    """Each once, however often it is used; without those that are known and those that are frozen."""
+    used, twice, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), torch.ones(2)
+    output = ((used + frozen) * twice + twice).sum()
+    assert [id(leaf) for leaf in find(output, [used, nn.Parameter(torch.ones(2))])] == [id(twice)]
+    assert {id(leaf) for leaf in find(output, [])} == {id(used), id(twice)}
+    assert find(output.detach(), []) == []
+    assert find(used, []) == []
