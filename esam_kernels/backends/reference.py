@@ -222,8 +222,12 @@ def restore_adam_(
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses (rows,) and ``softmax_normalizer`` (2, rows) of (rows, classes) logits, in float32 (or float64)."""
+    """Losses (rows,) and ``softmax_normalizer`` (2, rows) of (rows, classes) logits, in float32 (or float64).
+
+    Of a class index out of range: NaN on a GPU, IndexError on the CPU.
+    """
     x = logits.to(compute_dtype(logits.dtype))
+    target, misnamed = _without_misnamed(target, x, ignore_index)
     losses = F.cross_entropy(
         x,
         target if target.dtype == torch.int64 else target.to(x.dtype),
@@ -231,7 +235,18 @@ def cross_entropy_forward(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
-    return losses, softmax_normalizer(x)
+    return losses if misnamed is None else losses.masked_fill(misnamed, torch.nan), softmax_normalizer(x)
+
+
+def _without_misnamed(target: Tensor, x: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """On a GPU, the target with ``ignore_index`` for classes out of range, and which rows these are.
+
+    torch's kernels would end all work on that GPU ("device-side assert"), and the host cannot look without waiting.
+    """
+    if not x.is_cuda or target.dtype != torch.int64:
+        return target, None
+    misnamed = ((target < 0) | (target >= x.shape[1])) & (target != ignore_index)
+    return target.masked_fill(misnamed, ignore_index), misnamed
 
 
 def softmax_normalizer(x: Tensor) -> Tensor:
@@ -255,6 +270,7 @@ def cross_entropy_backward(
     x = logits.to(normalizer.dtype)
     maxima, log_sums = normalizer[:, :, None]
     classes = x.shape[1]
+    target, misnamed = _without_misnamed(target, x, ignore_index)
     if target.dtype == torch.int64:
         kept = target != ignore_index
         q = torch.zeros_like(x).scatter_(1, target.where(kept, 0)[:, None], 1.0)
@@ -263,7 +279,8 @@ def cross_entropy_backward(
         q = target.to(x.dtype)
     q = q * (1 - label_smoothing) + label_smoothing / classes
     gradient = torch.exp(x - maxima - log_sums) * q.sum(dim=1, keepdim=True) - q
-    return torch.where(kept.unsqueeze(-1), gradient * grad_losses[:, None], 0.0).to(logits.dtype)
+    gradient = torch.where(kept.unsqueeze(-1), gradient * grad_losses[:, None], 0.0).to(logits.dtype)
+    return gradient if misnamed is None else gradient.masked_fill(misnamed[:, None], torch.nan)
 
 
 def select(loss_before: Tensor, loss_after: Tensor, k: int) -> Tensor:

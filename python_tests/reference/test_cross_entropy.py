@@ -347,3 +347,22 @@ def test_class_probabilities_have_no_class_to_ignore(dtype):
         ops.cross_entropy_forward(logits, target, 0.0, 0)
     with pytest.raises(ValueError, match="ignore_index=2 names a class"):
         ops.select_gather(logits, logits, [logits], 2, target, 0.0, 2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_on_a_gpu_a_class_out_of_range_makes_its_own_row_nan_and_asserts_nothing(monkeypatch, smoothing, ignored):
+    """The reference serves a GPU too, and second derivatives on every backend."""
+    logits = torch.randn(6, CLASSES, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, CLASSES, 4, -1, 2, 2**40])
+    named = torch.tensor([True, False, True, False, True, False])
+    options = {"label_smoothing": smoothing, "ignore_index": ignored}
+    expected = torchs(logits[named], target[named], **options)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    losses, normalizer = reference.cross_entropy_forward(logits, target, smoothing, ignored)
+    torch.testing.assert_close(losses[named], expected)
+    assert losses[~named].isnan().all()
+    gradient = reference.cross_entropy_backward(torch.ones(6), logits, target, normalizer, smoothing, ignored)
+    torch.testing.assert_close(gradient[named], expected_gradient[named])
+    assert gradient[~named].isnan().all()
