@@ -34,6 +34,7 @@ def note(perturbation: StochasticWeightPerturbation) -> dict[str, Any]:
     saved = {**perturbation.settings.saved, "version": VERSION, "step": perturbation.step}
     for group in perturbation.base.param_groups:
         group["esam"] = saved.copy()
+        group["rho"] = float(group["rho"])  # torch.load takes no scalar of numpy's
     return saved
 
 

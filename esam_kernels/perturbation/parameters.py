@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from esam_kernels import distributed
 from esam_kernels.backends import resolve
@@ -102,10 +103,12 @@ def check(params: Sequence[Tensor], backend: str) -> None:
     """Refuse parameters that cannot be perturbed.
 
     Raises:
-        ValueError: complex ones, ones on the meta device, or ones that are not dense.
+        ValueError: lazy ones without a shape, complex ones, ones on the meta device, or ones that are not dense.
         RuntimeError: the backend that was asked for is not available.
     """
     for i, param in enumerate(params):
+        if is_lazy(param):
+            raise ValueError(f"parameter {i} is lazy and has no shape yet: run the model on a batch first")
         if param.is_complex():
             raise ValueError(f"parameter {i} is complex ({param.dtype}): only real parameters can be perturbed")
         if param.is_meta:

@@ -161,6 +161,16 @@ def test_a_complex_parameter_is_refused():
     oracles.assert_refused(lambda: SAM(model.parameters(), torch.optim.SGD, lr=0.1), ValueError, message, model)
 
 
+def test_lazy_parameters_are_refused_until_the_model_has_run():
+    model = nn.Sequential(nn.Linear(6, 4), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="parameter 2 is lazy and has no shape yet: run the model on a batch first"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    model(torch.ones(2, 6))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+    assert model[1].weight.shape == (3, 4)
+
+
 def test_parameters_on_the_meta_device_are_refused():
     params = list(nn.Linear(3, 3, device="meta").parameters())
     with pytest.raises(ValueError, match="parameter 0 is on the meta device, without values"):

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -192,6 +193,18 @@ def test_a_parameter_group_added_later_is_perturbed_with_its_own_rho():
         torch.testing.assert_close(param.detach(), want, rtol=1e-5, atol=1e-6)
     optimizer.restore()
     assert oracles.same_bits(before, params)
+
+
+def test_a_rho_that_numpy_made_is_saved_as_a_number_that_torch_loads():
+    """A search over numpy.linspace, or a schedule of one's own."""
+    params = list(oracles.mlp().parameters())
+    groups = [{"params": params[:2], "rho": np.float32(0.25)}, {"params": params[2:]}]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, rho=np.float64(0.5))
+    state = through_a_file(optimizer.state_dict())
+    assert [group["rho"] for group in state["param_groups"]] == [0.25, 0.5]
+    optimizer.param_groups[1]["rho"] = np.float64(0.75)
+    state = through_a_file(optimizer.state_dict())
+    assert [group["rho"] for group in state["param_groups"]] == [0.25, 0.75]
 
 
 def test_group_rho_travels_with_the_state():
