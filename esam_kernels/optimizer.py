@@ -25,6 +25,9 @@ _T = TypeVar("_T")
 _T1 = TypeVar("_T1")
 _T2 = TypeVar("_T2")
 
+# Hyperparameters that are no attributes: setting one would change nothing.
+_OF_GROUPS = ("rho", "adaptive")
+_CHOSEN_ONCE = ("eta", "mask", "radius", "eps", "seed", "ascent", "ranking")
 # What a copy takes over.
 _COPIED = ("base_optimizer", "defaults", "_perturbation", "_parallelism", "_model", "_head")
 
@@ -261,6 +264,18 @@ class ESAM(Optimizer):
         if name.startswith("_") or "base_optimizer" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to set a hyperparameter that is no attribute.
+
+        Raises:
+            AttributeError: each group has its own, or it is chosen when the optimizer is built.
+        """
+        if name in _OF_GROUPS:
+            raise AttributeError(f'each group has its own {name}: set optimizer.param_groups[0]["{name}"]')
+        if name in _CHOSEN_ONCE:
+            raise AttributeError(f"{name} is chosen when the optimizer is built, and cannot be set afterwards")
+        super().__setattr__(name, value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or set them to 0, as any torch optimizer does.

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from dataclasses import fields
 
 import oracles
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from esam_kernels import ESAM, SAM
+from esam_kernels.settings import Settings
 
 
 def trained(**kwargs):
@@ -192,6 +194,19 @@ def test_no_parameters_are_refused():
 
 
 # -- between the steps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ESAM, SAM])
+def test_setting_a_hyperparameter_that_is_no_attribute_is_refused(kind):
+    """It would change nothing."""
+    model = oracles.mlp()
+    optimizer = kind(model.parameters(), torch.optim.SGD, lr=0.1)
+    for name, value in {"rho": 0.5, "adaptive": True}.items():
+        message = rf'each group has its own {name}: set optimizer.param_groups\[0\]\["{name}"\]'
+        oracles.assert_refused(lambda: setattr(optimizer, name, value), AttributeError, message, model, optimizer)
+    for name in {field.name for field in fields(Settings)} - {"beta", "gamma", "ascent_share"}:
+        message = f"{name} is chosen when the optimizer is built, and cannot be set afterwards"
+        oracles.assert_refused(lambda: setattr(optimizer, name, 1), AttributeError, message, model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["beta", "gamma"])
