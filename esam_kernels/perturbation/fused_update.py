@@ -73,7 +73,10 @@ def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> st
     """Why :func:`restore_and_step` cannot take the place of ``base.step()``, whatever the gradients; None if it can."""
     if type(base) not in _STEPS:
         return f"{type(base).__name__} is neither SGD nor Adam nor AdamW of torch.optim itself"
-    for device in {param.device for param in params}:
+    devices = {param.device for param in params}
+    if len({device.type for device in devices}) > 1:
+        return "some parameters are on a GPU and some on the CPU"
+    for device in devices:
         chosen = resolve(backend, device)
         if not chosen.FUSES_UPDATES:
             return f"the backend {chosen.__name__.rpartition('.')[2]!r} does not fuse updates"

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from busy import AT_ONCE_SECONDS, while_busy
-from steps import Training, assert_same_weights, batches
+from steps import CLASSES, FEATURES, Training, assert_same_weights, batches
 from torch import nn
 
 from esam_kernels import ESAM, cross_entropy
@@ -154,6 +154,30 @@ def test_masks_and_weights_agree_with_the_reference(backend_name, device, mask):
             training.step(batch)
     for a, b in zip(ours.weights(), reference.weights()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class _FirstLayerOnTheHost(nn.Module):
+    def __init__(self, device: torch.device, first: torch.device) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rest = nn.Linear(FEATURES, 32).to(first), nn.Linear(32, CLASSES).to(device)
+
+    def forward(self, x):
+        return self.rest(self.first(x.to(self.first.weight.device)).relu().to(x.device))
+
+
+@bases
+def test_a_model_that_is_partly_on_the_host_takes_the_steps_of_one_on_the_device(device, base):
+    ends = []
+    for first in (torch.device("cpu"), device):
+        model = _FirstLayerOnTheHost(device, first)
+        kind = getattr(torch.optim, base)
+        optimizer = ESAM(model.parameters(), kind, lr=0.01, gamma=0.5, beta=1.0, model=model)
+        for batch in batches(device, 4):
+            optimizer.step(lambda inputs, targets, model=model: cross_entropy(model(inputs), targets), *batch)
+        ends.append([param.detach().to(device) for param in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_is_the_same_in_both_forwards(backend_name, device):

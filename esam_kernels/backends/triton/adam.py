@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from esam_kernels import uploads
+from esam_kernels.backends import reference
 from esam_kernels.backends.triton.blocks import (
     BLOCK_BYTES,
     FIRST_LIST,
     MASKED_BLOCK,
     ONCE,
     TRITON_DTYPES,
+    are_mixed,
     block_at,
     block_size,
     buckets,
@@ -185,11 +187,17 @@ def restore_adam_(
     maximize: bool,
     decoupled_weight_decay: bool,
 ) -> None:
+    found = buckets(params)
+    if are_mixed(found):
+        states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        rest = (lr, lr_tensor, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay)
+        reference.restore_adam_(params, backups, grads, *states, *rest)
+        return
     torch._foreach_add_(list(steps), 1)
     lists = [params, backups, grads, exp_avgs, exp_avg_sqs]
     if amsgrad:
         lists.append(max_exp_avg_sqs)
-    for device, dtype, indices in buckets(params):
+    for device, dtype, indices in found:
         counters = _counters_on(device, pick(steps, indices))
         number, rate = number_and_tensor(lr, lr_tensor, device)
         blocks = table(

@@ -75,12 +75,20 @@ class Table(NamedTuple):
     num_blocks: int
 
 
-def buckets(params: Sequence[Tensor]) -> list[tuple[torch.device, torch.dtype, list[int]]]:
+Bucket = tuple[torch.device, torch.dtype, list[int]]
+
+
+def buckets(params: Sequence[Tensor]) -> list[Bucket]:
     """The positions of the tensors of each device and dtype, in the order in which these first appear."""
     positions: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, param in enumerate(params):
         positions.setdefault((param.device, param.dtype), []).append(i)
     return [(device, dtype, indices) for (device, dtype), indices in positions.items()]
+
+
+def are_mixed(found: Sequence[Bucket]) -> bool:
+    """Whether some are on a GPU and some on the CPU, where no kernel reaches them: such lists go to the reference."""
+    return len({device.type for device, _, _ in found}) > 1
 
 
 def pick(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esam_kernels.backends import reference
 from esam_kernels.backends.reference import NUM_PARTIALS
 from esam_kernels.backends.triton.blocks import (
     ADAPTIVE,
     MASKED_BLOCK,
     TRITON_DTYPES,
+    are_mixed,
     block_at,
     block_size,
     buckets,
@@ -95,8 +97,11 @@ def norm_partials(
     adaptive: Sequence[bool],
     eta: float,
 ) -> Tensor:
+    found = buckets(grads)
+    if are_mixed(found):
+        return reference.norm_partials(params, grads, groups, adaptive, eta)
     total: Tensor | None = None
-    for device, dtype, indices in buckets(grads):
+    for device, dtype, indices in found:
         partials = torch.empty(NUM_PARTIALS, dtype=torch.float64, device=device)
         flags = [adaptive[group] for group in pick(groups, indices)]
         lists = [pick(grads, indices), pick(params, indices)] if any(flags) else [pick(grads, indices)]

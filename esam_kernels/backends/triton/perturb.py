@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esam_kernels.backends import reference
 from esam_kernels.backends.reference import NUM_PARTIALS
 from esam_kernels.backends.triton.blocks import (
     ADAPTIVE,
@@ -16,6 +17,7 @@ from esam_kernels.backends.triton.blocks import (
     OFFSET,
     ONCE,
     TRITON_DTYPES,
+    are_mixed,
     block_at,
     block_size,
     buckets,
@@ -131,7 +133,12 @@ def perturb_(
     eps: float,
     random_state: Tensor | None,
 ) -> None:
-    for device, dtype, indices in buckets(params):
+    found = buckets(params)
+    if are_mixed(found):
+        rest = (groups, offsets, partials, scale, adaptive, eta, norm_factor, eps, random_state)
+        reference.perturb_(params, grads, backups, *rest)
+        return
+    for device, dtype, indices in found:
         flags = [adaptive[group] for group in pick(groups, indices)]
         blocks = table(
             [pick(tensors, indices) for tensors in (params, grads, backups or grads)],

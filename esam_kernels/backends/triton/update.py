@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esam_kernels.backends import reference
 from esam_kernels.backends.triton.blocks import (
     MASKED_BLOCK,
     ONCE,
     TRITON_DTYPES,
+    are_mixed,
     block_at,
     block_size,
     buckets,
@@ -79,7 +81,11 @@ def restore_kernel(addresses_ptr, layout_ptr, num_tensors, num_blocks, DTYPE: tl
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
-    for device, dtype, indices in buckets(params):
+    found = buckets(params)
+    if are_mixed(found):
+        reference.restore_(params, backups)
+        return
+    for device, dtype, indices in found:
         blocks = table([pick(params, indices), pick(backups, indices)])
         stream_over(restore_kernel, blocks, device, BITS[dtype.itemsize], block_size(dtype))
 
@@ -193,8 +199,13 @@ def restore_sgd_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
+    found = buckets(params)
+    if are_mixed(found):
+        rest = (lr, lr_tensor, momentum, dampening, weight_decay, nesterov, maximize)
+        reference.restore_sgd_(params, backups, grads, momentum_buffers, first, *rest)
+        return
     lists = [params, backups, grads, momentum_buffers] if momentum != 0 else [params, backups, grads]
-    for device, dtype, indices in buckets(params):
+    for device, dtype, indices in found:
         blocks = table([pick(tensors, indices) for tensors in lists])
         number, rate = number_and_tensor(lr, lr_tensor, device)
         stream_over(
