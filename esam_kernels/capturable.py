@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
+from esam_kernels.batches import batch_size
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.fused_update import has_hooks, state_unlike_its_parameter
-from esam_kernels.selection import batch_size
 
 _CALL = "make_graphed_step(optimizer, losses, inputs, targets)"
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import state
+from esam_kernels.batches import num_ascent
 from esam_kernels.device_numbers import is_capturing
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.fused_update import has_hooks
-from esam_kernels.selection import num_ascent
 from esam_kernels.settings import Settings
 from esam_kernels.step.plan import choose
 from esam_kernels.tensor_lists import MemoryMarks, tensors_in

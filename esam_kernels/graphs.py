@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from esam_kernels import held_graphs, uploads
+from esam_kernels.batches import PASSED_THROUGH, batch_size
 from esam_kernels.capturable import check_arguments, check_batch, check_capturable, name_of
 from esam_kernels.captures import (
     Capture,
@@ -36,7 +37,6 @@ from esam_kernels.hooks import run_step
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.ascent import PreviousGradient
 from esam_kernels.perturbation.fused_update import check_rates
-from esam_kernels.selection import PASSED_THROUGH, batch_size
 from esam_kernels.tensor_lists import increment_version, mark_memory
 
 logger = logging.getLogger("esam_kernels")

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from esam_kernels import ops
+from esam_kernels.batches import batch_size
 
-__all__ = ["batch_size", "check_losses", "cross_entropy", "gather", "num_selected", "select"]
+__all__ = ["cross_entropy", "gather", "num_selected", "select"]
 
 _T = TypeVar("_T")
 _T1 = TypeVar("_T1")
 _T2 = TypeVar("_T2")
-PASSED_THROUGH = (type(None), bool, int, float, str)
 
 
 def cross_entropy(
@@ -172,22 +172,6 @@ def _warn_of_two_layouts(logits: tuple[int, ...], target: tuple[int, ...]) -> No
     )
 
 
-def check_losses(losses: Any, samples: int | None = None, name: str = "the closure's losses") -> None:
-    """Refuse what is not one loss per sample.
-
-    Raises:
-        ValueError: not a floating-point tensor of shape (b,), or of another b than ``samples``.
-    """
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
-        got = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"{name} must be one floating-point number per sample, shape (b,), got {got}: "
-            'use esam_kernels.cross_entropy, or reduction="none"'
-        )
-    if samples is not None and losses.shape[0] != samples:
-        raise ValueError(f"{name} hold {losses.shape[0]} samples, the batch {samples}")
-
-
 def num_selected(gamma: float, samples: int) -> int:
     """k = max(1, round(gamma b)), the size of B+. Known before any kernel runs."""
     return max(1, round(gamma * samples))
@@ -305,88 +289,3 @@ def selected_from_logits_on(
     labels = target if target.is_floating_point() else target.to(torch.int64)
     rest = (k, labels, label_smoothing, ignore_index, backend)
     return _with_rows(tensors, lambda given: ops.select_rows(before, logits, given, *rest))
-
-
-def batch_size(batch: Any) -> int:
-    """The number of samples, which all tensors of the pytree ``batch`` agree on.
-
-    Raises:
-        ValueError: an empty batch, no tensors, a tensor without a batch dimension, or sizes that differ.
-        TypeError: a leaf that is neither a tensor nor a number, a string or None.
-    """
-    sizes = []
-    plain = type(batch) is tuple and all(isinstance(leaf, Tensor) for leaf in batch)
-    for leaf in batch if plain else pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            if leaf.is_nested and leaf.layout is torch.strided:
-                raise ValueError(
-                    "a tensor of the batch is a nested tensor that has no sizes: build it with layout=torch.jagged, or "
-                    "pad it"
-                )
-            if leaf.dim() == 0:
-                raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")
-            sizes.append(leaf.shape[0])
-        elif not isinstance(leaf, PASSED_THROUGH):
-            raise TypeError(
-                f"the batch holds a {type(leaf).__name__}: give tensors, or dicts, lists and tuples of tensors. "
-                "torch.as_tensor makes a tensor of an array, dict(...) a dict of another mapping"
-            )
-    if not sizes:
-        raise ValueError("the batch holds no tensors")
-    if len(set(sizes)) > 1:
-        raise ValueError(f"the tensors of the batch have different numbers of samples: {sizes}")
-    if sizes[0] == 0:
-        raise ValueError("the batch is empty")
-    return sizes[0]
-
-
-def losses_and_rest(returned: Any, samples: int) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """What a closure returned: the losses, checked, and the rest of a tuple (None if it returned the losses alone)."""
-    has_rest = isinstance(returned, tuple) and returned
-    losses, rest = (returned[0], returned[1:]) if has_rest else (returned, None)
-    check_losses(losses)
-    if losses.shape[0] != samples:
-        raise ValueError(
-            f"the closure's losses hold {losses.shape[0]} samples, the batch {samples}: compute them from the "
-            "closure's arguments, which may be a part of the batch that step was given"
-        )
-    return losses, rest
-
-
-def num_ascent(share: float, samples: int) -> int:
-    """How many samples pass 1 takes: round(share b), at least 2, which BatchNorm needs to normalize, and at most b."""
-    return min(samples, max(2, round(share * samples)))
-
-
-def samples_between(batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
-    """The samples [start, stop) of each tensor, as views; of sparse ones copies.
-
-    Raises:
-        ValueError: a tensor in a layout that cannot be cut.
-    """
-
-    def cut(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.sparse_coo:
-            return tensor.narrow_copy(0, start, min(stop, len(tensor)) - start)
-        if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"a tensor of the batch has the layout {tensor.layout}, of which ascent_share below 1 and micro_batch "
-                "cannot take a part: give a dense tensor, or one in torch.sparse_coo"
-            )
-        return tensor[start:stop]
-
-    return pytree.tree_map_only(Tensor, cut, batch)  # type: ignore[no-any-return]
-
-
-def split(batch: tuple[Any, ...], micro_batch: int | None) -> list[tuple[Any, ...]]:
-    """The batch in parts of at most ``micro_batch`` samples, in order; None: in one part.
-
-    Raises:
-        ValueError: ``micro_batch`` is no positive integer.
-    """
-    if micro_batch is None:
-        return [batch]
-    if not isinstance(micro_batch, int) or micro_batch < 1:
-        raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
-    samples = batch_size(batch)
-    return [samples_between(batch, first, first + micro_batch) for first in range(0, samples, micro_batch)]

@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from esam_kernels import distributed
 from esam_kernels.backends.reference import compute_dtype
+from esam_kernels.batches import batch_size, losses_and_rest, split
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.flat_buffer import is_dense, owners
-from esam_kernels.selection import batch_size, gather, losses_and_rest, split
+from esam_kernels.selection import gather
 from esam_kernels.step.replay import RandomState
 
 Result = TypeVar("Result")

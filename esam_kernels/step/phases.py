@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import state
+from esam_kernels.batches import batch_size, check_losses
 from esam_kernels.distributed import Parallelism
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
 from esam_kernels.ranking import Head, HeadRecorder, RankingContext, make
-from esam_kernels.selection import (
-    batch_size,
-    check_logits,
-    check_losses,
-    num_selected,
-    selected_from_logits_on,
-    selected_on,
-)
+from esam_kernels.selection import check_logits, num_selected, selected_from_logits_on, selected_on
 from esam_kernels.step.perturbed_weights import PerturbedWeights
 from esam_kernels.step.replay import RandomState
 from esam_kernels.tensor_lists import GradientMarks, drop_gradients, gradients, inspect_graph, leaves

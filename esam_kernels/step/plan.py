@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esam_kernels.selection import batch_size, losses_and_rest, num_ascent, num_selected, samples_between
+from esam_kernels.batches import batch_size, losses_and_rest, num_ascent, samples_between
+from esam_kernels.selection import num_selected
 from esam_kernels.step.grad_scaler import nan_unless_finite, scaled
 from esam_kernels.step.phases import Phases
 from esam_kernels.tensor_lists import drop_gradients, gradients

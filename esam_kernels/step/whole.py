@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_kernels.selection import batch_size, split
+from esam_kernels.batches import batch_size, split
 from esam_kernels.step.closure import ClosureStep
 from esam_kernels.step.grad_scaler import restore_and_scaled_step
 from esam_kernels.step.phases import Phases

@@ -15,7 +15,7 @@ LAYERS = [
     ["device_numbers"],
     ["backends"],
     ["settings", "tensor_lists", "hooks"],
-    ["ops", "normalization"],
+    ["ops", "normalization", "batches"],
     ["distributed"],
     ["selection"],
     ["perturbation", "ranking", "base_optimizer"],
