@@ -146,6 +146,9 @@ MODES: tuple[Mode, ...] = (
         only_normalization=True,
     ),
     Mode("sam-eighth", "SAM, pass 1 on an eighth of the batch", QUARTER_RADII, {"ascent_share": 0.125}),
+    Mode(
+        "sam-three-sixteenths", "SAM, pass 1 on three sixteenths of the batch", QUARTER_RADII, {"ascent_share": 0.1875}
+    ),
     Mode("sam-quarter", "SAM, pass 1 on a quarter of the batch", QUARTER_RADII, {"ascent_share": 0.25}),
     Mode("sam-three-eighths", "SAM, pass 1 on three eighths of the batch", QUARTER_RADII, {"ascent_share": 0.375}),
     Mode(

@@ -58,8 +58,9 @@ def test_sharpness_of_a_part_is_one_for_parameters_without_a_radius_too():
 
 def test_pass_1_on_a_part_is_a_setting_of_the_optimizer():
     weight = torch.nn.Parameter(torch.ones(2))
-    for name, share in (("sam-eighth", 0.125), ("sam-quarter", 0.25), ("sam-three-eighths", 0.375)):
-        optimizer, _ = MODES[name].optimizer(torch.nn.ParameterList([weight]), 0.1, 0, 10, lr=0.1)
+    shares = {"eighth": 0.125, "three-sixteenths": 0.1875, "quarter": 0.25, "three-eighths": 0.375}
+    for name, share in shares.items():
+        optimizer, _ = MODES[f"sam-{name}"].optimizer(torch.nn.ParameterList([weight]), 0.1, 0, 10, lr=0.1)
         assert (optimizer.ascent_share, optimizer.relative_cost) == (share, 1.0 + share)
 
 
