@@ -172,9 +172,9 @@ class FlatBuffers:
                 step = ALIGNMENT // param.element_size()
                 sizes[param.dtype] = offsets[i] + -(-param.numel() // step) * step
         device = self.params[0].device
-        self.buffers |= {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in sizes.items()}
         places: dict[int, Tensor] = {}
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # autograd refuses memory that inference mode allocated
+            self.buffers |= {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in sizes.items()}
             for i in moving:
                 param = self.params[i]
                 if owner[i] == i:

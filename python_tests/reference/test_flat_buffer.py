@@ -194,3 +194,22 @@ def test_ties_survive_torch_save(tmp_path):
     torch.save([p.data for p in params], tmp_path / "tied.pt")
     first, second = torch.load(tmp_path / "tied.pt")
     assert first.data_ptr() == second.data_ptr()
+
+
+def test_weights_that_are_flattened_in_inference_mode_can_be_trained():
+    """The optimizer is built there, or a checkpoint is written in an evaluation after a layer was replaced."""
+    inside, outside = oracles.mlp(), oracles.mlp()
+    with torch.inference_mode():
+        optimizer = SAM(inside.parameters(), torch.optim.SGD, lr=0.1)
+    other = SAM(outside.parameters(), torch.optim.SGD, lr=0.1)
+    for seed in range(2):
+        for model, its in ((inside, optimizer), (outside, other)):
+            torch.manual_seed(seed)
+            model[4] = nn.Linear(5, oracles.CLASSES)
+            its.param_groups[0]["params"][4:] = model[4].parameters()
+        with torch.inference_mode():
+            optimizer.state_dict()
+        assert not any(param.is_inference() for param in inside.parameters())
+        for model, its in ((inside, optimizer), (outside, other)):
+            its.step(oracles.losses_of(model), *oracles.batch(seed=seed))
+    assert oracles.same_bits(oracles.weights_of(inside), oracles.weights_of(outside))
