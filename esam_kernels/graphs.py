@@ -239,17 +239,14 @@ class _GraphedStep(_EagerStep):
         self.optimizer._phases.drop_gradients()
         before, held = HostState(self.optimizer), held_graphs.told(self.optimizer._perturbation.params)
         graph = torch.cuda.CUDAGraph()
-        self._noise.register(graph)
         try:
+            # torch.cuda.stream makes its device the current one too, where torch puts the seed that the kernels read.
             # torch.cuda.graph leaves the stream that it has set where ending the capture fails: hence the outer one.
-            # In mode "global" a call of any other thread would break the capture: a DataLoader's that pins memory.
-            with (
-                torch.cuda.stream(self._stream),
-                self._as_in_a_graph(),
-                uploads.keeping() as kept,
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                result = held_graphs.detached(self.optimizer.step(self.closure, *self._inputs))
+            with torch.cuda.stream(self._stream), self._as_in_a_graph(), uploads.keeping() as kept:
+                self._noise.register(graph)
+                # In mode "global" a call of any other thread would break the capture: a DataLoader's that pins memory.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    result = held_graphs.detached(self.optimizer.step(self.closure, *self._inputs))
             before.end()
         except BaseException as error:
             self._begin_anew(graph)

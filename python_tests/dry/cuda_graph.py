@@ -181,6 +181,7 @@ class Graph:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._states: list[_State] = []
+        self._registered_on: list[Any] = []
         self.streams: list[Any] = []
         """Those that are captured."""
         self.recorder = _Recorder(device)
@@ -191,10 +192,16 @@ class Graph:
         self.reset()
 
     def register_generator_state(self, generator: Generator) -> None:
+        """The state's seed and offset are put where kernels read them: on the device of the current stream."""
         self._states.append(generator.state)
+        self._registered_on.append(self._device.stream)
 
     def capture_begin(self, pool: Any) -> None:
         assert self._device.graph is None
+        if any(stream is not self._device.stream for stream in self._registered_on):
+            raise RuntimeError(
+                "illegal memory access: the seed lies on the device that was current, not the captured one"
+            )
         self._device.use_pool(pool)
         self._pool = pool
         self._states.append(self._device.generator.state)
