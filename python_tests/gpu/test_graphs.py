@@ -178,7 +178,12 @@ def test_a_closure_that_waits_for_the_device_is_refused(backend_name, device):
     assert all(param.isfinite().all() for param in training.model.parameters())
 
 
-def test_two_graphed_runs_give_the_same_bits(backend_name, device):
+@pytest.mark.parametrize("index", [0, 1])
+def test_two_graphed_runs_give_the_same_bits(backend_name, device, index):
+    """Also on a device that is not the current one, where the seed of the dropout has to lie too."""
+    if index > 0 and (device.type != "cuda" or torch.cuda.device_count() <= index):
+        pytest.skip("there is one device only")
+    device = torch.device(device.type, index) if device.type == "cuda" else device
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
