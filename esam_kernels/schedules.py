@@ -108,9 +108,8 @@ class ConstantSchedule(Schedule):
         self, optimizer: ESAM, name: str, value: float, end: float | None = None, total_iters: int = 0
     ) -> None:
         _check_total(total_iters, 0)
-        self.start, self.end, self.total_iters = value, value if end is None else end, total_iters
-        self.name = name
-        _check_range(self, self.start, self.end)
+        self.name, self.total_iters = name, total_iters
+        self.start, self.end = _checked(self, value, value if end is None else end)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -133,9 +132,8 @@ class LinearSchedule(Schedule):
 
     def __init__(self, optimizer: ESAM, name: str, start: float, end: float, total_iters: int) -> None:
         _check_total(total_iters, 1)
-        self.start, self.end, self.total_iters = start, end, total_iters
-        self.name = name
-        _check_range(self, start, end)
+        self.name, self.total_iters = name, total_iters
+        self.start, self.end = _checked(self, start, end)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -179,9 +177,8 @@ class PhaseSchedule(Schedule):
             raise ValueError(f"start must be an integer >= 0, got {start!r}")
         if stop is not None and not (_is_integer(stop) and stop > start):
             raise ValueError(f"stop must be None or an integer above start ({start}), got {stop!r}")
-        self.inside, self.start, self.stop = value, start, stop
-        self.name = name
-        _check_range(self, value)
+        self.name, self.start, self.stop = name, start, stop
+        (self.inside,) = _checked(self, value)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -218,8 +215,11 @@ class RhoProportionalToLR(Schedule):
         new = self.optimizer.param_groups[len(self.ratios) :]
         rates = [float(group["lr"]) for group in new]
         if not all(rate > 0.0 for rate in rates):
-            raise ValueError(f"rho can only follow learning rates that start above 0, got {rates}")
-        self.ratios = self.ratios + [group["rho"] / rate for group, rate in zip(new, rates)]
+            raise ValueError(
+                f"rho can only follow learning rates that start above 0, got {rates}: build the schedule of rho before "
+                "what sets them to 0 (a warm-up, load_state_dict)"
+            )
+        self.ratios = self.ratios + [float(group["rho"]) / rate for group, rate in zip(new, rates)]
         self._last_value = self.value()
         for group, ratio in zip(self.optimizer.param_groups, self.ratios):
             group["rho"] = ratio * float(group["lr"])
@@ -234,6 +234,6 @@ def _check_total(total_iters: int, least: int) -> None:
         raise ValueError(f"total_iters must be an integer >= {least}, got {total_iters!r}")
 
 
-def _check_range(schedule: Schedule, *values: float) -> None:
-    for value in values:
-        schedule._check(value)
+def _checked(schedule: Schedule, *values: float) -> list[float]:
+    """The values as Python's own numbers: torch.load takes no scalars of numpy's."""
+    return [schedule._check(value) for value in values]

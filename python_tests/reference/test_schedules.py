@@ -1,7 +1,9 @@
 """Schedulers of rho, beta and gamma in the shape of torch's LR schedulers."""
 
+import io
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -229,6 +231,25 @@ def test_a_saved_state_is_not_changed_by_the_schedule_that_it_was_saved_from():
 @pytest.mark.parametrize(
     "make",
     [
+        lambda o, value: LinearSchedule(o, "rho", value, value / 2, total_iters=7),
+        lambda o, value: ConstantSchedule(o, "rho", value, value / 2, total_iters=4),
+        lambda o, value: PhaseSchedule(o, "rho", value, start=0),
+        lambda o, value: o.param_groups[0].update(rho=value) or RhoProportionalToLR(o),
+    ],
+)
+def test_a_schedule_over_numbers_of_numpys_is_saved_as_torch_loads_it(make):
+    optimizer, file = build(), io.BytesIO()
+    schedule = make(optimizer, np.float64(0.5))
+    schedule.step()
+    torch.save(schedule.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == schedule.state_dict()
+    assert torch.load(io.BytesIO(file.getvalue()))["_last_value"] == pytest.approx(optimizer.param_groups[0]["rho"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
         lambda o: LinearSchedule(o, "rho", 1.0, 0.0, total_iters=7),
         lambda o: CosineSchedule(o, "gamma", 1.0, 0.5, total_iters=7),
         lambda o: ConstantSchedule(o, "beta", 1.0, 0.5, total_iters=4),
@@ -294,5 +315,6 @@ def test_schedules_outside_the_range_are_refused_when_they_are_built_and_set_not
 def test_rho_cannot_follow_a_learning_rate_of_zero():
     optimizer = build()
     optimizer.param_groups[0]["lr"] = 0.0
-    with pytest.raises(ValueError, match="start above 0"):
+    message = r"start above 0, got \[0.0\]: build the schedule of rho before what sets them to 0"
+    with pytest.raises(ValueError, match=message):
         RhoProportionalToLR(optimizer)
