@@ -59,9 +59,9 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _build(name: str) -> str:
     """What was built of the extension ``name``, on any machine, or the reason that its build has recorded."""
-    record = extensions.record(name)
     if not extensions.is_present(name):
-        return f"not built: {record.get('missing', 'the package is run from a source folder where nothing was built')}"
+        return f"not built: {extensions.why_missing(name) or 'the build has recorded no reason'}"
+    record = extensions.record(name)
     facts = [f"{label} {record[key]}" for key, label in _FACTS.items() if key in record]
     built = f"built {', '.join(facts)}" if facts else "built, without a record of how"
     _, reason = extensions.load(name)

@@ -39,6 +39,16 @@ def record(name: str) -> dict[str, str]:
     return _records().get(name, {})
 
 
+def why_missing(name: str) -> str | None:
+    """Why the extension ``_name`` was not built, as far as that is known."""
+    if not record(name) and _CSRC.is_dir():
+        return (
+            f"Python took the package from its source folder, {_PACKAGE.parent}, where it was not built; to use a "
+            "package that you have installed, start Python in another folder"
+        )
+    return record(name).get("missing")
+
+
 def is_present(name: str) -> bool:
     """Whether there is a compiled file, of use or not."""
     return importlib.util.find_spec(f"esam_kernels._{name}") is not None
@@ -53,7 +63,7 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         extension = importlib.import_module(module)
     except ModuleNotFoundError:
-        reason = record(name).get("missing")
+        reason = why_missing(name)
         return None, f"{module} was not built{f': {reason}' if reason else ''}"
     except ImportError as error:
         return None, f"{module} cannot be loaded ({error}): {HOW_TO_BUILD}"

@@ -147,6 +147,15 @@ def test_the_reason_of_the_build_is_told(recorded):
     assert reason == "esam_kernels._none_such was not built: there was no C++ compiler (g++)"
 
 
+def test_a_source_folder_where_nothing_was_built_hides_an_installed_package(recorded):
+    recorded({})
+    _, reason = extensions.load("none_such")
+    folder = f"Python took the package from its source folder, {ROOT}, where it was not built"
+    advice = "to use a package that you have installed, start Python in another folder"
+    assert reason == f"esam_kernels._none_such was not built: {folder}; {advice}"
+    assert doctor._build("none_such") == f"not built: {folder}; {advice}"
+
+
 @pytest.mark.parametrize(("present", "level"), [(True, logging.WARNING), (False, logging.INFO)])
 def test_one_line_says_that_an_extension_is_of_no_use(monkeypatch, caplog, present, level):
     monkeypatch.setattr(extensions, "is_present", lambda name: present)
