@@ -170,13 +170,13 @@ void select_(const Where& where, int64_t loss_before, int64_t loss_after, int64_
   select(selection_of(loss_before, loss_after, samples, k, indices), on.stream);
 }
 
-// Tensors whose rows are gathered: (source, destination, bytes of a row) each.
-using RowsList = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
+// Tensors whose rows are gathered: (source, destination, bytes of a row, rows of the source) each.
+using RowsList = std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>;
 
 std::vector<Rows> rows_of(const RowsList& given) {
   std::vector<Rows> result;
-  for (const auto& [source, destination, row_bytes] : given) {
-    result.push_back({pointer<void>(source), pointer<void>(destination), row_bytes});
+  for (const auto& [source, destination, row_bytes, samples] : given) {
+    result.push_back({pointer<void>(source), pointer<void>(destination), row_bytes, samples});
   }
   return result;
 }

@@ -105,10 +105,12 @@ struct Selection {
 void select(const Selection& selection, cudaStream_t stream);
 
 // A tensor of which rows are gathered: rows of `row_bytes` follow each other without gaps, in source and destination.
+// The source has `samples` of them; an index outside them gives zeros.
 struct Rows {
   const void* source;
   void* destination;
   int64_t row_bytes;
+  int64_t samples;
 };
 
 void gather(const std::vector<Rows>& tensors, const int64_t* indices, int64_t k, cudaStream_t stream);

@@ -110,6 +110,7 @@ constexpr int kCopies = 4;        // accesses in flight for each thread
 struct GatherTable {
   const char* source[kMaxGathered];
   char* destination[kMaxGathered];
+  int64_t samples[kMaxGathered];  // rows of the source
   int64_t lanes_of_row[kMaxGathered];
   int64_t segments[kMaxGathered];  // of a row
   int64_t first_unit[kMaxGathered + 1];
@@ -125,13 +126,16 @@ __device__ void copy_unit(const GatherTable& table, const int64_t* indices, int 
   const int64_t lanes = table.lanes_of_row[tensor], segments = table.segments[tensor];
   const int64_t row = unit / segments * (kThreads / threads) + threadIdx.x / threads;
   if (row >= table.k) return;
-  const Lane* const source = reinterpret_cast<const Lane*>(table.source[tensor]) + indices[row] * lanes;
+  const int64_t sample = indices[row];
+  // An index outside the batch names no row: it gives zeros, not somebody else's memory.
+  const bool is_sample = static_cast<uint64_t>(sample) < static_cast<uint64_t>(table.samples[tensor]);
+  const Lane* const source = reinterpret_cast<const Lane*>(table.source[tensor]) + (is_sample ? sample * lanes : 0);
   Lane* const destination = reinterpret_cast<Lane*>(table.destination[tensor]) + row * lanes;
   const int64_t first = unit % segments * (kCopies * threads) + threadIdx.x % threads;
   Lane values[kCopies];
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
-    if (first + i * threads < lanes) values[i] = source[first + i * threads];
+    values[i] = is_sample && first + i * threads < lanes ? source[first + i * threads] : Lane{};
   }
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
@@ -187,6 +191,7 @@ GatherTable gather_table(const std::vector<Rows>& tensors, size_t first, int64_t
     const int64_t rows_of_unit = kThreads / threads, lanes_of_segment = static_cast<int64_t>(kCopies) * threads;
     table.source[i] = static_cast<const char*>(rows.source);
     table.destination[i] = static_cast<char*>(rows.destination);
+    table.samples[i] = rows.samples;
     table.lanes_of_row[i] = lanes;
     table.segments[i] = std::max<int64_t>((lanes + lanes_of_segment - 1) / lanes_of_segment, 1);
     table.lane_bytes[i] = static_cast<int8_t>(lane);

@@ -179,6 +179,11 @@ def test_gather(backend, device):
     loss_checks.check_gather(backend, device)
 
 
+def test_an_index_outside_the_batch_reads_nothing(backend):
+    (rows,) = backend.gather([torch.ones(4, 3)], torch.tensor([1, 4, -1, 2**40]))
+    assert rows.sum(1).tolist() == [3.0, 0.0, 0.0, 0.0]
+
+
 @in_both_orders
 @pytest.mark.parametrize(
     ("classes", "dtype"), [(10, torch.float32), (100, torch.bfloat16), (1001, torch.float16), (2050, torch.float32)]

@@ -88,7 +88,7 @@ def gather(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
 
 
 def _gather(
-    tensors: Sequence[Tensor], indices: Tensor, k: int, launch: Callable[[list[tuple[int, int, int]]], None]
+    tensors: Sequence[Tensor], indices: Tensor, k: int, launch: Callable[[list[tuple[int, int, int, int]]], None]
 ) -> list[Tensor]:
     """The rows of each tensor: of those whose rows lie one after the other by ``launch``, of others as always."""
     gathered: list[Tensor | None] = [None] * len(tensors)
@@ -98,7 +98,8 @@ def _gather(
             taken = torch.empty_strided(
                 (k, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )
-            rows.append((tensor.data_ptr(), taken.data_ptr(), tensor.stride(0) * tensor.element_size()))
+            row_bytes = tensor.stride(0) * tensor.element_size()
+            rows.append((tensor.data_ptr(), taken.data_ptr(), row_bytes, len(tensor)))
             gathered[i] = taken
     launch(rows)
     return [reference.gather([tensor], indices)[0] if row is None else row for tensor, row in zip(tensors, gathered)]
