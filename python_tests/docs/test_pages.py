@@ -18,6 +18,8 @@ PAGES = [
     "index",
     "which_mode",
     "how_it_works",
+    "training",
+    "compile_and_graphs",
     "faq",
     "tutorials/first_training",
     "tutorials/moving",
@@ -41,9 +43,10 @@ def run(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs_and_trains(page):
+def test_the_code_of_a_page_runs_and_trains(page, tmp_path, monkeypatch):
     if page.endswith("first_training"):
         pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     found = run(page)
     assert all(param.isfinite().all() for param in found["model"].parameters())
