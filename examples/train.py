@@ -1,7 +1,8 @@
 """Train with SGD, SAM and ESAM side by side, and compare accuracy, speed and sharpness.
 
 Without options, or with --recipe demo: scikit-learn's handwritten digits with 40 % wrong training labels, three seeds,
-about a minute on a CPU. Prints one table and what it says, and writes a plot and a JSON file into the directory --out.
+about a minute on a CPU. Prints a table and what it shows, and writes a plot and a JSON file into the directory --out.
+With options but no --recipe, the defaults below are taken in place of those of demo.
 """
 
 from __future__ import annotations
@@ -64,14 +65,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
 
     data = parser.add_argument_group("data and model")
-    data.add_argument("--data", choices=DATA_SETS, default="digits")
+    data.add_argument("--data", choices=DATA_SETS, default="digits", help="default %(default)s")
     data.add_argument("--data-path", help="CIFAR: a directory, .tar.gz or .npz; ImageNet: a directory")
     data.add_argument("--label-noise", type=share, help="share of wrong training labels (digits 0.4, others 0)")
     data.add_argument("--limit", type=positive_int, help="only the first so many training and test images, for tries")
-    data.add_argument("--model", choices=MODELS, default="cnn")
+    data.add_argument("--model", choices=MODELS, default="cnn", help="default %(default)s")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd", "sam", "esam"])
+    training.add_argument(
+        "--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd", "sam", "esam"], help="default sgd sam esam"
+    )
     training.add_argument(
         "--ascent",
         choices=ASCENTS,
@@ -117,28 +120,36 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--gamma-warmup", type=share, default=0.5, help="share of the steps over which gamma falls from 1 (default 0.5)"
     )
-    training.add_argument("--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws")
-    training.add_argument("--lr", type=float, default=0.05)
-    training.add_argument("--lr-schedule", choices=SCHEDULES, default="constant")
-    training.add_argument("--lr-warmup", type=radius, default=0.0, metavar="EPOCHS", help="over which lr rises from 0")
-    training.add_argument("--label-smoothing", type=share, default=0.0)
-    training.add_argument("--momentum", type=float, default=0.9)
-    training.add_argument("--weight-decay", type=float, default=1e-3)
-    training.add_argument("--epochs", type=positive_int, default=25)
-    training.add_argument("--batch-size", type=positive_int, default=64)
-    training.add_argument("--micro-batch", type=positive_int, help="SAM, ESAM: part of a batch perturbed by itself")
-    training.add_argument("--seed", type=seed_number, default=0, help="of the first training")
+    training.add_argument(
+        "--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws (default tensor)"
+    )
+    training.add_argument("--lr", type=float, default=0.05, help="default %(default)s")
+    training.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="default %(default)s")
+    training.add_argument(
+        "--lr-warmup", type=radius, default=0.0, metavar="EPOCHS", help="over which lr rises from 0 (default 0)"
+    )
+    training.add_argument("--label-smoothing", type=share, default=0.0, help="default %(default)s")
+    training.add_argument("--momentum", type=float, default=0.9, help="default %(default)s")
+    training.add_argument("--weight-decay", type=float, default=1e-3, help="default %(default)s")
+    training.add_argument("--epochs", type=positive_int, default=25, help="default %(default)s")
+    training.add_argument("--batch-size", type=positive_int, default=64, help="default %(default)s")
+    training.add_argument("--micro-batch", type=positive_int, help="SAM, ESAM: so many samples at a time (default all)")
+    training.add_argument("--seed", type=seed_number, default=0, help="of the first training (default 0)")
     training.add_argument("--seeds", type=positive_int, default=3, help="trainings of each optimizer (default 3)")
 
     machine = parser.add_argument_group("machine and files")
-    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    machine.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the forward")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    machine.add_argument(
+        "--amp", choices=("none", "bf16"), default="none", help="autocast of the forward (default none)"
+    )
     machine.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
     machine.add_argument("--graph", action="store_true", help="SAM, ESAM: each step as one CUDA graph")
     machine.add_argument(
         "--cudnn-benchmark", action="store_true", help="the fastest convolutions: resumed runs may differ in last bits"
     )
-    machine.add_argument("--workers", type=workers, default=WORKERS, help=f"processes decoding ImageNet ({WORKERS})")
+    machine.add_argument(
+        "--workers", type=workers, default=WORKERS, help=f"processes decoding ImageNet (default {WORKERS})"
+    )
     machine.add_argument("--checkpoint", metavar="DIR", help="save the state there after every epoch")
     machine.add_argument("--resume", action="store_true", help="go on from the state in --checkpoint")
     machine.add_argument("--out", metavar="DIR", default="runs", help="for the plot and the JSON (default runs)")

@@ -1,6 +1,7 @@
 """Options of the training itself: learning rate, label smoothing, memory format, graph, micro-batches."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -46,6 +47,21 @@ def test_steps_see_the_learning_rate_of_the_schedule(name):
     for _ in range(3):
         trainer.train_epoch()
     assert seen == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.2, 0.2])
+
+
+def test_help_tells_each_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_options(["--help"])
+    helped = re.split(r"\n  --", capsys.readouterr().out)
+    for name, value in vars(train.parse_options(["--seeds", "3"])).items():
+        if (
+            isinstance(value, (str, int, float))
+            and not isinstance(value, bool)
+            and name not in ("ranking", "label_noise")
+        ):
+            (text,) = [" ".join(each.split()) for each in helped if re.match(name.replace("_", "-") + r"\b(?!-)", each)]
+            said = re.findall(r"default ([\w.]+)", text)
+            assert [type(value)(each) for each in said] == [value], text
 
 
 def test_constant_learning_rate_has_no_schedule():
