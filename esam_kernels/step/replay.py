@@ -160,7 +160,8 @@ class RandomState:
     ...     second = model(inputs)      # the same dropout masks as in the first
 
     Args:
-        devices: CUDA devices whose generators count, as ``torch.device``, beside the CPU's, which always counts.
+        devices: CUDA devices whose generators count, as ``torch.device``, beside the CPU's, which always counts. None:
+            all that this process sees, if it uses CUDA. Name the model's device to spare the others.
     """
 
     @classmethod
@@ -168,8 +169,11 @@ class RandomState:
         """The state of every device that one of ``tensors`` lies on: of a whole model that is split over several."""
         return cls({tensor.device for tensor in tensors})
 
-    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self._devices = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    def __init__(self, devices: Iterable[torch.device] | None = None) -> None:
+        if devices is None:
+            self._devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        else:
+            self._devices = sorted({_index(device) for device in devices if device.type == "cuda"})
         self._cpu = torch.get_rng_state()
         self._cuda = [torch.cuda.get_rng_state(index) for index in self._devices]
 
@@ -181,3 +185,8 @@ class RandomState:
             for index, state in zip(self._devices, self._cuda):
                 torch.cuda.set_rng_state(state, index)
             yield
+
+
+def _index(device: torch.device) -> int:
+    """``torch.device("cuda")`` is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index

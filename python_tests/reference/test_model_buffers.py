@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import oracles
 import pytest
@@ -299,10 +300,34 @@ def test_no_value_of_a_buffer_is_read_by_the_host():
         buffers.put_back()
 
 
-def test_the_random_state_of_a_split_model_holds_every_device(monkeypatch):
+@dataclass
+class On:
+    """What lies on a device."""
+
+    device: torch.device
+
+
+SPLIT = [On(torch.device(name)) for name in ("cuda:1", "cpu", "cuda:0", "cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("remember", "is_initialized", "expected"),
+    [
+        (lambda: RandomState.of(SPLIT), True, [0, 1]),
+        (lambda: RandomState(), True, [0, 1]),
+        (lambda: RandomState(), False, []),
+        (lambda: RandomState([torch.device("cuda")]), True, [1]),
+        (lambda: RandomState([torch.device("cpu")]), True, []),
+    ],
+    ids=["of a split model", "of all", "of all, without CUDA in use", "of the current device", "of the CPU"],
+)
+def test_the_random_state_holds_every_device_that_counts(monkeypatch, remember, is_initialized, expected):
     """Stands in for two GPUs: which generators are saved and replayed is all that differs."""
     states = {0: torch.tensor([10]), 1: torch.tensor([11])}
     written, forked = {}, []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda index: states[index])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: written.update({index: state}))
 
@@ -314,15 +339,10 @@ def test_the_random_state_of_a_split_model_holds_every_device(monkeypatch):
 
     monkeypatch.setattr(replay.torch.random, "fork_rng", Fork)
 
-    class On:
-        def __init__(self, device):
-            self.device = torch.device(device)
-
-    noise = RandomState.of([On("cuda:1"), On("cpu"), On("cuda:0"), On("cuda:1")])
-    with noise.replay():
+    with remember().replay():
         pass
-    assert written == states
-    assert forked == [0, 1]
+    assert written == {index: states[index] for index in expected}
+    assert forked == expected
 
 
 # -- whole steps -------------------------------------------------------------------------------------------------------
