@@ -27,8 +27,8 @@ HEAD = """# On a GPU
 
 <!-- Written by `python -m benchmarks.gpu.page` from the results of `make gpu`. -->
 
-What of this package has run on a GPU? This page says it, part by part, as the results have it. To run everything on a
-machine with a CUDA device:
+What of this package has run on a GPU? This page answers part by part, from the results. To run everything on a machine
+with a CUDA device:
 
     make gpu
 
@@ -171,10 +171,10 @@ def _compilations(results: Path) -> str:
     return f"""
 ## What the stages compile
 
-Triton compiles a kernel once for each combination of dtypes, constants and alignments. So many compilations do the
-tests of each stage ask for, counted in the dry tier by `python python_tests/dry/compilations.py`
-({counted}). They are spread over the processes that run the tests. What tests that
-cannot run without a card add is not counted.
+Triton compiles a kernel once for each combination of dtypes, constants and alignments. The table counts the
+compilations that the tests of each stage ask for, by `python python_tests/dry/compilations.py` in the dry tier
+({counted}). They are spread over the processes that run the tests. Tests
+that cannot run without a card are not counted.
 
 {tables.as_markdown(lines)}
 """

@@ -11,7 +11,7 @@ from busy import AT_ONCE_SECONDS, while_busy
 from steps import CLASSES, FEATURES, Training, assert_same_weights, batches
 from torch import nn
 
-from esam_kernels import ESAM, cross_entropy
+from esam_kernels import ESAM, RandomState, cross_entropy
 from esam_kernels.doctor import main as doctor
 
 masks = pytest.mark.parametrize("mask", ["tensor", "element"])
@@ -197,6 +197,14 @@ def test_dropout_is_the_same_in_both_forwards(backend_name, device):
     assert torch.equal(seen[0], seen[1])
     training.optimizer.step(losses, *batches(device, 1)[0])
     assert not torch.equal(seen[0], seen[3])
+
+
+def test_a_random_state_without_devices_repeats_the_dropout_of_this_one(device):
+    ones, noise = torch.ones(1000, device=device), RandomState()
+    first = nn.functional.dropout(ones)
+    with noise.replay():
+        assert torch.equal(nn.functional.dropout(ones), first)
+    assert not torch.equal(nn.functional.dropout(ones), first)
 
 
 class _ConvNet(nn.Module):
