@@ -76,8 +76,9 @@ EXPERIMENT = Experiment(
         "Figure 5 shows that the samples that SDS selects, those whose losses rise most under the perturbation, have "
         "the higher loss too, before and after it, in every epoch. Here: means over batches of the training's size, "
         "of the first 512 training images, after each epoch of a training with ESAM (beta = 0.6, gamma = 0.5). "
-        "The small scale on CIFAR-10 is a second one: the first (2,000 images, lr 0.05, 10 epochs, two seeds; rows in "
-        "commit 73b9a05) hardly trained, to 24 % test accuracy, and B+ lay above B- in 2 of 10 epochs."
+        "The small scale on CIFAR-10 is the second that was tried. The first one (2,000 images, lr 0.05, 10 epochs, "
+        "two seeds; rows in commit 73b9a05) hardly learned: it reached 24 % test accuracy, and B+ lay above B- in 2 of "
+        "10 epochs."
     ),
     units=units,
     claims=claims,

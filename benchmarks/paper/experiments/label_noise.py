@@ -174,11 +174,11 @@ EXPERIMENT = Experiment(
     name="label-noise",
     title="accuracy against label noise",
     paper=(
-        "A figure of our own: the paper trains with clean labels. So many training labels are replaced by another "
-        "class, drawn at random. Handwritten digits with the defaults of examples/train.py, which seeds 0 to 4 have "
-        "chosen: these are later seeds. The second panel shows how many labels are wrong in the half that SDS would "
-        "choose: with SAM's perturbation, from the first 512 training images, after every fifth epoch of each of the "
-        "four trainings."
+        "A figure of our own: the paper trains with clean labels. Here a share of the training labels is replaced by "
+        "another class, drawn at random. The trainings are on handwritten digits, with the defaults of "
+        "examples/train.py. Those were chosen on seeds 0 to 4; these are later seeds. The second panel shows how many "
+        "labels are wrong in the half that SDS would choose. It is looked up with SAM's perturbation on the first 512 "
+        "training images, after every fifth epoch of each of the four trainings."
     ),
     units=units,
     claims=claims,

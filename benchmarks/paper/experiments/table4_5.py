@@ -199,9 +199,9 @@ EXPERIMENT = Experiment(
     name="table4-5",
     title="overhead saved by SWP on deep MLPs",
     paper=(
-        "Two MLPs with layers of 3,000 x 3,000: in the first (K = 1, Table 4) a layer has one weight; in the second "
-        "(K > 1, Table 5) several, connected across layers. g(N, beta) is the share of the overhead over the base "
-        "optimizer, which is pass 1, that SWP saves with N layers; k1 and k2 are fitted by linear regression. The "
+        "Two MLPs with layers of 3,000 x 3,000. In the first (K = 1, Table 4) a layer has one weight. In the second "
+        "(K > 1, Table 5) it has several, connected across layers. The overhead over the base optimizer is pass 1. "
+        "g(N, beta) is the share of it that SWP saves with N layers; k1 and k2 are fitted by linear regression. The "
         "paper does not draw its second network: here each layer has two weights, one for each of the two layers "
         "before it. At beta = 1 nothing is left out, and what is measured there is the noise."
     ),
