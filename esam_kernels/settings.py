@@ -63,7 +63,8 @@ class Settings:
         if self.gamma < 1.0:
             raise ValueError(
                 f"ascent_share < 1 needs gamma = 1, got ascent_share={self.ascent_share} and gamma={self.gamma}: the "
-                "samples for pass 2 are chosen by the losses of the whole batch, of which pass 1 would see only a part"
+                "samples for pass 2 are chosen by the losses of the whole batch, of which pass 1 would see only a "
+                "part. Take gamma=1.0, as SAM has it, or ascent_share=1.0"
             )
 
 
