@@ -99,7 +99,7 @@ class ESAM(Optimizer):
 
     Raises:
         ValueError, TypeError: arguments outside these ranges, a base optimizer over other parameters, or one that
-            cannot be wrapped (LBFGS, Adadelta). Nothing is changed then.
+            cannot be wrapped (LBFGS, Adadelta, SparseAdam). Nothing is changed then.
         RuntimeError: a backend that is not available here.
     """
 

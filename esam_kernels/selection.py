@@ -43,7 +43,7 @@ def cross_entropy(
             * (b, C, d1, ...): torch's layout, with target (b, d1, ...);
             * (b, T, ..., C): classes last, with target (b, T, ...). ``class_dim=-1`` says so.
         target: class indices, any integer dtype; or class probabilities, floating point, of the shape and the layout of
-            ``logits``.
+            ``logits``. p are these probabilities, or 1 at the index and 0 elsewhere.
         label_smoothing: epsilon, in [0, 1].
         ignore_index: positions with this target count neither in the loss nor in the gradient. Of class indices only:
             with class probabilities it has to be negative.
