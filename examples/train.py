@@ -331,8 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def how_to_resume(options: argparse.Namespace, given: list[str]) -> str:
-    if options.checkpoint is None or not (Path(options.checkpoint) / FILE).exists():
+    if options.checkpoint is None:
         return "nothing is saved (--checkpoint DIR saves the state after every epoch)"
+    if not (Path(options.checkpoint) / FILE).exists():
+        return "no epoch was finished, so nothing is saved yet: start again"
     command = [sys.executable, sys.argv[0], *given, *([] if options.resume else ["--resume"])]
     return f"go on with: {shlex.join(command)}"
 

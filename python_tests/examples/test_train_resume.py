@@ -119,6 +119,12 @@ def test_interrupted_run_without_checkpoint_says_so(tiny, tmp_path, capsys, monk
     assert "nothing is saved" in capsys.readouterr().err
 
 
+def test_a_run_that_is_interrupted_in_its_first_epoch_says_so(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.main(program(tmp_path, options=tiny)) == 130
+    assert "interrupted: no epoch was finished, so nothing is saved yet: start again" in capsys.readouterr().err
+
+
 def test_finished_run_resumes_to_its_report(tiny, tmp_path, capsys):
     assert train.main(program(tmp_path, options=tiny)) == 0
     first = capsys.readouterr().out
