@@ -54,6 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.scale == "smoke":
             chosen = [setting.smoke() for setting in chosen]
         tried = [modes.BY_NAME[name] for name in options.modes or modes.BY_NAME]
+        if not any(setting.has(mode) for setting in chosen for mode in tried):
+            raise UserError(
+                f"the settings {', '.join(options.settings)} have none of the modes {', '.join(options.modes)}: "
+                "benchmarks/study/settings.py says which modes each has"
+            )
         deadline = float("inf") if options.minutes is None else time.monotonic() + 60.0 * options.minutes
         runner = Runner(rows, chosen, tried, data=options.data, jobs=options.jobs, deadline=deadline)
         return 0 if runner.run() else EXIT_NOT_FINISHED

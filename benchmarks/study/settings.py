@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from benchmarks.study import networks, samples
+from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.modes import Mode
 from benchmarks.study.samples import Samples
 from benchmarks.study.search import Search
@@ -28,12 +29,12 @@ class Setting:
     search: Search = field(default_factory=Search)
     seeds: int = 10
     bfloat16: bool = False
-    without: tuple[str, ...] = ()
-    """Modes that this network has no layers for."""
+    modes: tuple[str, ...] = tuple(MODES)
+    """The names of those that are compared here."""
 
     def has(self, mode: Mode) -> bool:
-        """Whether the mode can be run here."""
-        return mode.name not in self.without
+        """Whether the mode is compared here."""
+        return mode.name in self.modes
 
     def smoke(self) -> Setting:
         """The smallest version, for tests of the program."""
@@ -42,16 +43,11 @@ class Setting:
         return replace(self, epochs=1, seeds=2, search=search)
 
 
-_NO_NORMALIZATION = (
-    "norm",
-    "norm-rise",
-    "norm-first-order",
-    "norm-softened",
-    "norm-random",
-    "norm-random-last",
-    "norm-quarter",
-    "norm-sharp-quarter",
-)
+# Every mode takes as many trainings as the others: 56 to search, and two for each seed of the report. So the settings
+# whose trainings take a minute or more compare few modes, and only the digits, at 3 seconds a training, all.
+_FEW = ("sgd", "sam", "esam", "sam-quarter")
+_RANKINGS = (*_FEW, "first-order", "random", "sharp-quarter")
+_MORE_PARTS = ("sam-three-eighths", "sharp-three-eighths")
 
 
 def _mnist1d(_: str | None) -> Samples:
@@ -75,14 +71,31 @@ def _with_noise(base: Setting, *shares: float) -> list[Setting]:
     ]
 
 
-_CONVOLUTION = Setting("mnist1d", "MNIST-1D, convolutions", _mnist1d, networks.conv1d, 0.0, epochs=30)
-_DIGITS = Setting("digits", "digits, small CNN", _digits, networks.digits_cnn, 0.0, epochs=25)
+_CONVOLUTION = Setting(
+    "mnist1d",
+    "MNIST-1D, convolutions",
+    _mnist1d,
+    networks.conv1d,
+    0.0,
+    epochs=30,
+    modes=(*_RANKINGS, "norm", "norm-first-order"),
+)
+_DIGITS = Setting(
+    "digits",
+    "digits, small CNN",
+    _digits,
+    networks.digits_cnn,
+    0.0,
+    epochs=25,
+    modes=tuple(name for name in MODES if name not in _MORE_PARTS),
+)
 _MLP = replace(
     _CONVOLUTION,
     name="mnist1d-mlp",
     title="MNIST-1D, MLP",
     network=networks.mlp,
-    without=(*_NO_NORMALIZATION, "momentum-norm"),
+    # It has no normalization layers.
+    modes=tuple(name for name, mode in MODES.items() if not mode.only_normalization),
 )
 _TRANSFORMER = replace(
     _CONVOLUTION,
@@ -91,6 +104,7 @@ _TRANSFORMER = replace(
     network=networks.Transformer,
     search=Search((0.02, 0.05, 0.1), (32, 64), (5e-4,), combinations=2, rounds=((4, 1), (2, 1))),
     seeds=5,
+    modes=_FEW,
 )
 _CIFAR = Setting(
     "cifar10",
@@ -102,6 +116,7 @@ _CIFAR = Setting(
     search=Search((0.05, 0.1), (64,), combinations=1, rounds=()),
     seeds=3,
     bfloat16=True,
+    modes=_FEW,
 )
 _CIFAR_PLAIN = replace(
     _CIFAR,
@@ -109,7 +124,6 @@ _CIFAR_PLAIN = replace(
     title="CIFAR-10 (JPEG), 10,000 images, network without normalization",
     network=networks.plain_cnn,
     search=Search((0.02, 0.05), (64,), combinations=1, rounds=()),
-    without=_MLP.without,
 )
 
 SETTINGS: tuple[Setting, ...] = (

@@ -120,8 +120,3 @@ class Summary:
             if result.minus(sgd).is_below or (sam.minus(sgd).is_above and result.minus(sam).is_below):
                 lost.append(setting.title)
         return lost
-
-    def is_complete(self, mode: str) -> bool:
-        """Whether the mode is measured in every setting that can run it."""
-        without = {setting.name for setting in self.settings if mode in setting.without}
-        return all(self.result(s.name, mode) is not None for s in self.settings if s.name not in without)

@@ -6,15 +6,18 @@ import dataclasses
 import json
 import math
 
+import pytest
 import torch
 
 from benchmarks.study import __main__ as program
 from benchmarks.study.modes import BY_NAME as MODES
 from benchmarks.study.modes import CentredByClass, Mode, Softened
+from benchmarks.study.report import RECOMMENDED
 from benchmarks.study.samples import Samples, digits, split
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
+from benchmarks.study.settings import SETTINGS
 from benchmarks.study.training import Outcome, Trial, cost_of, step, train
-from esam_kernels import ESAM, RankingContext
+from esam_kernels import ESAM, RankingContext, normalization_groups
 from esam_kernels.ranking import Head
 
 DIGITS = SETTINGS_BY_NAME["digits"].smoke()
@@ -200,3 +203,20 @@ def test_a_damaged_file_of_rows_is_not_overwritten(tmp_path, capsys):
     assert program.main(["--out", str(path)]) == program.EXIT_USER_ERROR
     assert "rows without" in capsys.readouterr().err
     assert path.read_text() == "[{}]"
+
+
+def test_modes_that_no_chosen_setting_has_are_refused(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    named = ["--settings", "mnist1d-mlp", "--modes", "norm", "norm-random", "--out", str(path)]
+    assert program.main(named) == program.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "the settings mnist1d-mlp have none of the modes norm, norm-random" in error
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_setting_has_the_modes_to_compare_with_and_none_that_its_network_cannot_train(setting):
+    assert {"sgd", "sam", RECOMMENDED} <= set(setting.modes) <= set(MODES)
+    if any(MODES[name].only_normalization for name in setting.modes):
+        perturbed, _ = normalization_groups(setting.network(), 1.0)  # ValueError where there are none
+        assert perturbed["rho"] == 1.0
