@@ -7,6 +7,7 @@ where its next update would go.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,11 +159,16 @@ class Momentum(CurrentGradient):
         return -1.0
 
     def check(self, base: Optimizer) -> None:
-        """Refuse a base optimizer without momentum.
+        """Refuse a base optimizer without momentum, and one whose momentum is spread over the ranks.
 
         Raises:
-            ValueError: it keeps none, or is set to keep none.
+            ValueError: it keeps none, is set to keep none, or is a ZeroRedundancyOptimizer.
         """
+        if _shards_its_state(base):
+            raise ValueError(
+                'ascent="momentum" needs the momentum of all weights, and with ZeroRedundancyOptimizer each rank keeps '
+                'that of its own part: take ascent="previous", or another base optimizer'
+            )
         for number, group in enumerate(base.param_groups):
             if _momentum_name(group) is None:
                 raise ValueError(
@@ -191,6 +197,12 @@ class Momentum(CurrentGradient):
     def are_free(self, directions: list[Tensor], gradients_are_dropped: bool) -> list[bool]:
         """None: the base optimizer needs them."""
         return [False] * len(directions)
+
+
+def _shards_its_state(base: Optimizer) -> bool:
+    # Not imported here: that takes time, and torch warns of its own deprecated code.
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and isinstance(base, module.ZeroRedundancyOptimizer)
 
 
 ASCENTS = {"current": CurrentGradient, "previous": PreviousGradient, "momentum": Momentum}
