@@ -135,7 +135,7 @@ def short(summary: Summary, rows: Rows) -> str:
     lines = [f"| test accuracy, % | {' | '.join(SHORT[name] for name in shown)} |", "|---|" + "---:|" * len(shown)]
     for setting in summary.settings:
         results = [summary.result(setting.name, name) for name in shown]
-        cells = ["" if result is None else _accuracy(result) for result in results]
+        cells = ["-" if result is None else _accuracy(result) for result in results]
         lines.append(f"| {setting.title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -86,6 +86,21 @@ def test_the_table_of_selections_has_the_modes_that_choose_data_where_labels_are
     assert lines[2:] == [random]
 
 
+def test_the_short_table_has_a_dash_where_nothing_was_measured(tmp_path):
+    rows = rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.0] * 10)
+    other = SETTINGS_BY_NAME["digits-40"]
+    for mode in ("sgd", "sam", "random"):
+        for seed in range(10):
+            unit = Unit(other, mode, "epochs", Trial(0.1, 64, 0.0), other.epochs, seed)
+            rows.add(unit.row(Outcome(80.0, 80.0, 80.0, 1.0, 1.0, 40.0)))
+    assert report.short(Summary(rows), rows).splitlines() == [
+        '| test accuracy, % | SGD | SAM | `ranking="random"` |',
+        "|---|---:|---:|---:|",
+        "| digits, small CNN | 90.0 ± 0.0 | 91.0 ± 0.0 | - |",
+        "| digits, small CNN, 40 % wrong labels | 80.0 ± 0.0 | 80.0 ± 0.0 | 80.0 ± 0.0 |",
+    ]
+
+
 def test_the_chart_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     summary = summary_of(tmp_path, sgd=[90.0] * 10, sam=[91.0] * 10)
