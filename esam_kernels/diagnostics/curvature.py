@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esam_kernels.diagnostics.probe import Probe, Vector, dot, norm
+from esam_kernels.diagnostics.probe import Derivative, Probe, Vector, dot, norm
 
 _NOT_TWICE = ("once_differentiable", "not implemented", "double backward")
 _ERROR_NODE = "torch::autograd::Error"
@@ -94,9 +94,8 @@ class _HessianProduct:
         self._is_checked = False
         self._kept = probe.each_part(self._gradient) if probe.is_one_part else None
 
-    def _gradient(self, losses: Tensor) -> tuple[Tensor, ...]:
-        loss = losses.sum() / self._probe.samples
-        gradient = _twice(lambda: self._probe.differentiate(loss, create_graph=True))
+    def _gradient(self, losses: Tensor) -> Derivative:
+        gradient = _twice(lambda: self._probe.differentiate_loss(losses.mean(), create_graph=True))
         if not self._is_checked:
             _check_graph(gradient)
             self._is_checked = True
@@ -105,22 +104,26 @@ class _HessianProduct:
     def __call__(self, v: Vector) -> Vector:
         total = self._probe.zeros()
         if self._kept is None:
-            self._probe.each_part(lambda losses: self._add(total, self._gradient(losses), v))
+            self._probe.each_part(
+                lambda losses: self._add(total, self._gradient(losses), v, len(losses) / self._probe.samples)
+            )
         else:
             for gradient in self._kept:
                 self._add(total, gradient, v)
         return total
 
-    def _add(self, total: Vector, gradient: tuple[Tensor, ...], v: Vector) -> None:
+    def _add(self, total: Vector, gradient: Derivative, v: Vector, weight: float = 1.0) -> None:
         tangent = self._probe.tangent(v)
-        terms = [(grad * part).sum() for grad, part in zip(gradient, tangent) if grad.requires_grad]
+        terms = [
+            (grad * part).sum() for grad, part in zip(gradient, tangent) if grad is not None and grad.requires_grad
+        ]
         if terms:  # else the loss is linear in the weights
             value = torch.stack([term.to(terms[0]) for term in terms]).sum()
             kept = self._kept is not None
-            self._probe.add(total, _twice(lambda: self._probe.differentiate(value, retain_graph=kept)))
+            self._probe.add(total, _twice(lambda: self._probe.differentiate(value, retain_graph=kept)), weight)
 
 
-def _twice(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _twice(compute: Callable[[], Derivative]) -> Derivative:
     try:
         return compute()
     except RuntimeError as error:
@@ -129,13 +132,13 @@ def _twice(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         raise
 
 
-def _check_graph(gradient: tuple[Tensor, ...]) -> None:
+def _check_graph(gradient: Derivative) -> None:
     """Refuse a graph with the node of a function that is differentiable once.
 
     autograd would leave that node out, as no way from it leads to the parameters, and H v would silently be too small.
     """
     seen: set[Any] = set()
-    ahead = [grad.grad_fn for grad in gradient]
+    ahead = [grad.grad_fn for grad in gradient if grad is not None]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

@@ -142,6 +142,7 @@ def _directions(probe: Probe, directions: Any, seed: int, normalize: str | None)
 def _given(probe: Probe, directions: Any) -> tuple[Vector, Vector]:
     if len(directions) != 2:
         raise ValueError(f"directions must be a pair, one list of tensors for each axis, got {len(directions)}")
+    directions = [list(direction) for direction in directions]
     shapes = [tuple(weight.shape) for weight in probe.weights]
     for number, direction in enumerate(directions):
         got = [tuple(part.shape) for part in direction]

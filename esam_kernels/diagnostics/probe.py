@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from esam_kernels import distributed
@@ -20,11 +21,14 @@ from esam_kernels.batches import batch_size, losses_and_rest, split
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.flat_buffer import is_dense, owners
 from esam_kernels.selection import gather
-from esam_kernels.step.replay import RandomState
+from esam_kernels.step.phases import needs_gradients
+from esam_kernels.step.replay import RandomState, is_writable
 
 Result = TypeVar("Result")
 Vector = list[Tensor]
 """One tensor for each of ``Probe.weights``, of its shape and strides, in float32 or, where the weight is, float64."""
+Derivative = tuple[Tensor | None, ...]
+"""A gradient for each parameter that trains, as autograd returns them."""
 
 
 class Probe:
@@ -43,7 +47,7 @@ class Probe:
 
     Raises:
         TypeError: ``model`` is no module, or ``closure`` cannot be called.
-        ValueError: nothing trains, parameters that are complex, sharded or not dense, or a bad batch.
+        ValueError: nothing trains, parameters that are lazy, complex, on "meta", sharded or not dense, or a bad batch.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Probe:
         self.samples = batch_size(batch)
         self.is_one_part = len(split(batch, micro_batch)) == 1
         self._model, self._closure = model, closure
+        # Whether the closure fails under no_grad, since its losses take gradients themselves.
+        self._evaluates_with_grad = False
         self._all = list(model.parameters())
         self._params = [param for param in self._all if param.requires_grad]
         _check_parameters(self._params)
@@ -80,13 +86,14 @@ class Probe:
         self._flags = [(param, param.requires_grad, param.grad) for param in self._all]
         self._modes = [(module, module.training) for module in self._model.modules()]
         self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
+            (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in self._model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
         with torch.no_grad():
             self.saved = [torch.empty_like(weight).copy_(weight) for weight in self.weights]
+        for param in self._all:  # a backward in the closure would add to the gradients that are there
+            param.grad = None
 
     def __exit__(self, *_: object) -> None:
         with self._outside:
@@ -108,7 +115,7 @@ class Probe:
     @torch.no_grad()
     def _restore_buffers(self) -> None:
         for owner, name, buffer, saved in self._buffers:
-            if not _is_expanded(buffer):
+            if buffer is not None and saved is not None and is_writable(buffer):
                 buffer.copy_(saved)
             owner[name] = buffer
 
@@ -169,10 +176,16 @@ class Probe:
         gathered = gather(indices.to(device), *self.batch)
         return gathered if len(self.batch) > 1 else (gathered,)
 
-    @torch.no_grad()
     def losses(self) -> Tensor:
         """The losses of the whole batch, shape (b,)."""
-        losses = torch.cat(self.each_part(Tensor.detach))
+        try:
+            with torch.set_grad_enabled(self._evaluates_with_grad):
+                losses = torch.cat(self.each_part(Tensor.detach))
+        except RuntimeError as error:
+            if self._evaluates_with_grad or not needs_gradients(error):
+                raise
+            self._evaluates_with_grad = True
+            return self.losses()
         torch.clear_autocast_cache()  # torch 2.8 reuses the copies of weights that are made without gradients
         return losses
 
@@ -186,21 +199,27 @@ class Probe:
         total = self.zeros()
 
         def add(losses: Tensor) -> Tensor:
-            self.add(total, self.differentiate(losses.sum() / samples))
+            self.add(total, self.differentiate_loss(losses.mean()), len(losses) / samples)
             return losses.detach()
 
         return torch.cat(self.each_part(add, batch)), total
 
-    def differentiate(
-        self, value: Tensor, create_graph: bool = False, retain_graph: bool = False
-    ) -> tuple[Tensor, ...]:
-        """The derivative of a number with respect to every parameter that trains, zeros where there is none.
+    def differentiate_loss(self, loss: Tensor, create_graph: bool = False) -> Derivative:
+        """:meth:`differentiate` of a mean of the closure's losses.
 
         Raises:
-            ValueError: it depends on none of them.
+            ValueError: it depends on no parameter that trains.
         """
-        if not value.requires_grad:
-            raise ValueError("the closure's losses depend on no parameter that trains (is it run under no_grad?)")
+        gradient = self.differentiate(loss, create_graph) if loss.requires_grad else ()
+        if all(grad is None for grad in gradient):
+            raise ValueError(
+                "the closure's losses depend on no parameter that trains: is it run under no_grad, or does it call "
+                "another model than the one that is measured?"
+            )
+        return gradient
+
+    def differentiate(self, value: Tensor, create_graph: bool = False, retain_graph: bool = False) -> Derivative:
+        """The derivative of a number with respect to every parameter that trains, None where it has no part in it."""
         # A function that is differentiable once leaves its mark in the graph only if this needs a gradient too.
         seed = torch.ones_like(value, requires_grad=create_graph)
         return torch.autograd.grad(
@@ -209,7 +228,7 @@ class Probe:
             grad_outputs=seed,
             create_graph=create_graph,
             retain_graph=create_graph or retain_graph,
-            materialize_grads=True,
+            allow_unused=True,
         )
 
     def tangent(self, vector: Vector) -> Vector:
@@ -220,11 +239,12 @@ class Probe:
         ]
 
     @torch.no_grad()
-    def add(self, total: Vector, gradient: tuple[Tensor, ...]) -> None:
-        """Add to ``total`` what :meth:`differentiate` returned."""
+    def add(self, total: Vector, gradient: Derivative, weight: float = 1.0) -> None:
+        """Add to ``total`` what :meth:`differentiate` returned, times ``weight``."""
         place = dict(zip(self.owned, total))
         for owner, param, grad in zip(self._owner, self._params, gradient):
-            place[owner].as_strided(param.size(), param.stride()).add_(grad)
+            if grad is not None:
+                place[owner].as_strided(param.size(), param.stride()).add_(grad, alpha=weight)
 
 
 def mean(losses: Tensor) -> float:
@@ -243,17 +263,18 @@ def norm(vector: Vector) -> float:
     return dot(vector, vector) ** 0.5
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one number in memory: torch refuses to write into such a tensor."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
-
-
 def _check_parameters(params: list[nn.Parameter]) -> None:
     if not params:
         raise ValueError("no parameter of the model requires a gradient: there are no weights to perturb")
     for i, param in enumerate(params):
         if distributed.is_sharded(param):
             raise ValueError(f"trained parameter {i} is a DTensor: diagnostics need the whole model on each process")
+        if is_lazy(param):
+            raise ValueError(f"trained parameter {i} is lazy and has no shape yet: run the model on a batch first")
+        if param.is_meta:
+            raise ValueError(
+                f"trained parameter {i} is on the meta device, without values: give the model memory first"
+            )
         if param.is_complex():
             raise ValueError(f"trained parameter {i} is complex ({param.dtype}): only real ones can be perturbed")
         if param.layout is not torch.strided or not is_dense(param):

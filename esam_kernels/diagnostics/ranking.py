@@ -63,16 +63,17 @@ def ranking_agreement(
     optimizer._phases.require(perturbed=False, call="ranking_agreement")
     if not optimizer._phases.perturbs:
         raise ValueError("no group that trains has a radius (rho) above 0: nothing is perturbed, and no loss rises")
-    with Probe(optimizer._model, closure, batch) as probe:
+    with Probe(optimizer._model, closure, batch) as probe, optimizer._parallelism.without_synchronization():
         k = size_of_selection(optimizer.gamma, probe.samples)
         twin = _twin(optimizer, ranking)
-        before = torch.cat(probe.each_part(lambda losses: _differentiated(twin, losses)))
-        twin.first_step(zero_grad=True)
         try:
+            before = torch.cat(probe.each_part(lambda losses: _differentiated(twin, losses)))
+            twin.first_step(zero_grad=True)
             rises = probe.losses() - before
             scores = twin._phases.scores(before, batch).to(rises.dtype)
         finally:
             twin.restore()
+            twin._phases.close()
         if twin._phases._maximizes():
             rises = -rises  # the perturbation goes down, and B+ are the samples that fall most
     nothing = torch.zeros_like(rises)

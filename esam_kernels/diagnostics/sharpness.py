@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,8 @@ def linearity(
     Raises:
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.
     """
+    if isinstance(betas, Real):
+        raise TypeError(f"betas must be a sequence of shares, (1.0, 0.5) for one, got {betas!r}")
     betas = [check_share("betas", beta) for beta in betas]
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be a positive integer, got {draws!r}")

@@ -68,7 +68,12 @@ class HeadRecorder:
         self._before_head: set[int] = set()
         self.forget()
         handle = head.register_forward_hook(_Hook(self), with_kwargs=True)
-        weakref.finalize(self, handle.remove).atexit = False
+        self._remove = weakref.finalize(self, handle.remove)
+        self._remove.atexit = False
+
+    def close(self) -> None:
+        """Take the hook off the layer, also while something keeps the recorder: the traceback of an exception."""
+        self._remove()
 
     def forget(self) -> None:
         """Drop what was recorded."""

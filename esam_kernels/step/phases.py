@@ -25,6 +25,11 @@ _REENTRANT = "CheckpointFunctionBackward"
 _NO_GRAD_MESSAGES = ("does not require grad", "doesn't require gradient", "requires_grad=False")
 
 
+def needs_gradients(error: RuntimeError) -> bool:
+    """Whether losses failed under ``no_grad`` because they take gradients themselves."""
+    return any(text in str(error) for text in _NO_GRAD_MESSAGES)
+
+
 class Phases:
     """The phases of a step, for loops of the user's own and for the plans of :mod:`esam_kernels.step.plan`.
 
@@ -197,7 +202,7 @@ class Phases:
                 with torch.no_grad(), replay():
                     return losses(*batch)
             except RuntimeError as error:
-                if not any(text in str(error) for text in _NO_GRAD_MESSAGES):
+                if not needs_gradients(error):
                     raise
                 self._evaluates_with_grad = True
         with replay():
@@ -354,6 +359,11 @@ class Phases:
         if self.weights.is_open:
             self.parallelism.leave_forward()
         self.restore()
+
+    def close(self) -> None:
+        """Leave no hook at the head: this optimizer is not used any more."""
+        if self._recorder is not None:
+            self._recorder.close()
 
     def abandon(self) -> None:
         """Forget a step of which nothing was computed: that of a CUDA graph which failed to be captured."""

@@ -87,7 +87,7 @@ class ModelBuffers:
                     _set_tracking(module, False)
             else:
                 self._places += [(module, name, buffer) for name, buffer in module._buffers.items()]
-        buffers = {id(buffer): buffer for _, _, buffer in self._places if buffer is not None and _is_writable(buffer)}
+        buffers = {id(buffer): buffer for _, _, buffer in self._places if buffer is not None and is_writable(buffer)}
         for key, buffer in buffers.items():
             if buffer.nbytes <= SMALL_BUFFER:
                 self._kept.append(buffer)
@@ -138,7 +138,7 @@ def _set_tracking(module: nn.Module, track: bool) -> None:
     module.__dict__["track_running_stats"] = track
 
 
-def _is_writable(buffer: Tensor) -> bool:
+def is_writable(buffer: Tensor) -> bool:
     """Whether a layer can write into it at all."""
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape))
     return not (buffer.is_meta or buffer.is_inference() or buffer.numel() == 0 or overlaps)

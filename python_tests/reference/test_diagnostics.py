@@ -132,6 +132,20 @@ def test_a_minimum_without_gradient_has_sharpness_zero(steps):
     assert diagnostics.sharpness(model, model, torch.zeros(2), rho=RHO, ascent_steps=steps) == (0.0, 0.0, 0.0)
 
 
+def test_small_gradients_of_many_samples_in_half_precision_are_not_lost():
+    """The mean over all samples of each loss is smaller than float16 holds; that of each micro-batch is not."""
+    model, samples = nn.Linear(2, 1, bias=False).half(), 2**15
+    inputs = torch.randn(samples, 2).half()
+
+    def losses(inputs):
+        return model(inputs)[:, 0] * 2.0**-11
+
+    slope = inputs.double().mean(dim=0) * 2.0**-11
+    (row,) = diagnostics.linearity(model, losses, inputs, betas=(1.0,), micro_batch=64)
+    assert row.first_order == pytest.approx(row.radius * float(slope.norm()), rel=0.01)
+    assert row.radius == pytest.approx(0.05, rel=0.01)
+
+
 # -- linearity ---------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,16 @@ def test_filters_have_the_norms_of_the_weights_and_vectors_stay(directions):
     assert inner(x[:-2], y[:-2]) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_directions_may_be_whatever_can_be_listed():
+    model, batch = mlp_and_batch()
+    at_w = oracles.weights_of(model)
+    given = [(at_w, at_w), (iter(at_w), (part for part in at_w))]
+    first, second = (
+        diagnostics.loss_landscape(model, oracles.losses_of(model), *batch, directions=pair, points=3) for pair in given
+    )
+    assert torch.equal(first.losses, second.losses)
+
+
 def test_seeds_draw_different_directions_and_the_same_ones_again():
     model, batch = convolutional(), images()
     (x, _), (again, _), (other, _) = (directions_of(model, batch, seed=seed) for seed in (0, 0, 1))
@@ -234,6 +244,7 @@ def test_attention_that_is_not_fused_has_a_hessian():
 
 MODEL, BATCH = oracles.mlp(), oracles.batch()
 CLOSURE = oracles.losses_of(MODEL)
+OTHER = oracles.losses_of(oracles.mlp())
 REFUSED = [
     (lambda: diagnostics.sharpness(CLOSURE, CLOSURE, *BATCH), TypeError, "model must be a torch.nn.Module"),
     (lambda: diagnostics.sharpness(MODEL, None, *BATCH), TypeError, "closure must be callable"),
@@ -247,6 +258,17 @@ REFUSED = [
         lambda: diagnostics.sharpness(MODEL, lambda x, y: x[:, 0], *BATCH),
         ValueError,
         "depend on no parameter that trains",
+    ),
+    (lambda: diagnostics.sharpness(MODEL, OTHER, *BATCH), ValueError, "call another model"),
+    (
+        lambda: diagnostics.top_hessian_eigenvalue(MODEL, OTHER, *BATCH),
+        ValueError,
+        "does it call another model than the one that is measured",
+    ),
+    (
+        lambda: diagnostics.linearity(MODEL, CLOSURE, *BATCH, betas=0.5),
+        TypeError,
+        "betas must be a sequence .* got 0.5",
     ),
     (lambda: diagnostics.linearity(MODEL, CLOSURE, *BATCH, betas=(0.5, 0.0)), ValueError, "betas must lie in"),
     (lambda: diagnostics.linearity(MODEL, CLOSURE, *BATCH, draws=0), ValueError, "draws must be"),
@@ -276,6 +298,18 @@ REFUSED = [
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
 def test_bad_input_is_refused(call, error, message):
     oracles.assert_refused(call, error, message, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.LazyLinear(oracles.CLASSES), "trained parameter 0 is lazy .* run the model on a batch first"),
+        (oracles.mlp().to("meta"), "trained parameter 0 is on the meta device"),
+    ],
+)
+def test_a_model_without_values_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        diagnostics.sharpness(model, oracles.losses_of(model), *BATCH)
 
 
 def test_a_model_of_which_nothing_trains_is_refused():

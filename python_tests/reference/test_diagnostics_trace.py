@@ -117,6 +117,54 @@ def test_losses_that_are_refused_leave_everything_as_it_was(function):
 
 
 @every_function
+def test_losses_may_take_gradients_themselves_and_leave_none(function):
+    """An attack on the inputs, by a backward inside the closure, which adds to the gradients of the weights."""
+    model, batch = noisy_model(), oracles.batch(16)
+    losses = oracles.losses_of(model)
+
+    def by_backward(inputs, target):
+        inputs = inputs.clone().requires_grad_()
+        losses(inputs, target).sum().backward()
+        return losses(inputs.detach() + 0.1 * inputs.grad.sign(), target)
+
+    def by_autograd_grad(inputs, target):
+        with torch.enable_grad():
+            inputs = inputs.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(losses(inputs, target).sum(), inputs)
+        return losses(inputs.detach() + 0.1 * grad.sign(), target)
+
+    before = everything(model)
+    got = function(model, by_backward, *batch)
+    assert_no_trace(before, everything(model))
+    assert repr(got) == repr(function(model, by_autograd_grad, *batch))
+
+
+class Cache(nn.Module):
+    """A buffer that the first forward makes, and one that was made in inference mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(oracles.FEATURES, oracles.CLASSES)
+        self.register_buffer("mean", None)
+        with torch.inference_mode():
+            self.register_buffer("scale", torch.ones(oracles.FEATURES))
+
+    def forward(self, inputs):
+        if self.mean is None:
+            self.mean = inputs.mean(dim=0)
+        return self.layer((inputs - self.mean) * self.scale)
+
+
+@every_function
+def test_buffers_that_are_none_or_of_inference_mode_are_left_as_they_were(function):
+    model = Cache()
+    scale = model.scale
+    function(model, oracles.losses_of(model), *oracles.batch(16))
+    assert model.mean is None
+    assert model.scale is scale
+
+
+@every_function
 def test_gradients_are_taken_under_no_grad_and_in_inference_mode(function):
     model, batch = noisy_model(), oracles.batch(16)
     expected = function(model, oracles.losses_of(model), *batch)

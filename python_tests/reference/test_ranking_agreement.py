@@ -120,6 +120,40 @@ def test_nothing_is_left_changed(ranking):
     assert model[1].track_running_stats
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_no_hook_is_left_while_the_exception_is_looked_at(where):
+    """A notebook keeps the last traceback, and all that its frames hold."""
+    model, optimizer = build()
+
+    def closure(inputs, target):
+        losses = oracles.losses_of(model)(inputs, target)
+        if where == "backward":
+            losses.register_hook(lambda grad: 1 / 0)
+        return losses if where == "backward" else 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        ranking_agreement(optimizer, closure, *oracles.batch(20, dtype=torch.float64))
+    assert raised.tb is not None
+    assert not model[4]._forward_hooks
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_distributed_model_is_measured_inside_its_wrapper(process_group):
+    batch = oracles.batch(20, dtype=torch.float64)
+    model, optimizer = build()
+    expected = ranking_agreement(optimizer, oracles.losses_of(model), *batch)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    _, optimizer = build(wrapped)
+    assert ranking_agreement(optimizer, oracles.losses_of(wrapped.module), *batch) == expected
+    assert wrapped.require_backward_grad_sync
+
+
 def test_both_forwards_see_the_same_dropout():
     model, optimizer = build(oracles.noisy_mlp(), beta=1.0)
     optimizer.param_groups[0]["rho"] = 1e-30
