@@ -16,6 +16,7 @@ as ``initial_rho``. Where that is 0 in all groups, the schedule sets all.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from esam_kernels.optimizer import ESAM
@@ -39,8 +40,7 @@ class Schedule:
     """
 
     def __init__(self, optimizer: ESAM, name: str) -> None:
-        if not isinstance(optimizer, ESAM):
-            raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
+        _check_optimizer(optimizer)
         if name not in _NAMES:
             raise ValueError(f"name must be one of {_NAMES}, got {name!r}")
         self.optimizer = optimizer
@@ -68,13 +68,26 @@ class Schedule:
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned, and set the hyperparameter accordingly."""
+        """Take over what ``state_dict`` returned, and set the hyperparameter accordingly.
+
+        Raises:
+            ValueError: the state of another kind of schedule, or of another hyperparameter. Nothing is changed then.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing or state_dict["name"] != self.name:
+            of = f"of {state_dict['name']!r}" if "name" in state_dict else "without a name"
+            lacks = f", and lacks {', '.join(sorted(missing))}" if missing else ""
+            raise ValueError(
+                f"state_dict is that of another schedule: it is {of}{lacks}, and this is a {type(self).__name__} of "
+                f"{self.name!r}. Load what this schedule's own state_dict() returned"
+            )
         self.__dict__.update(state_dict)
         self._apply()
 
     def _apply(self) -> None:
         self._last_value = self.value()
         if self.name == "rho":
+            self.optimizer._follow()
             self._find_new_groups()
             for group, takes_part in zip(self.optimizer.param_groups, self.takes_part):
                 group["rho"] = self._last_value if takes_part else 0.0
@@ -88,9 +101,6 @@ class Schedule:
         new = own[len(self.takes_part) :]
         # Another list: a state that was saved holds the one there was.
         self.takes_part = self.takes_part + [rho > 0.0 or not any(own) for rho in new]
-
-    def _check(self, value: float) -> float:
-        return check_rho(value) if self.name == "rho" else check_share(self.name, value)
 
 
 class ConstantSchedule(Schedule):
@@ -107,9 +117,8 @@ class ConstantSchedule(Schedule):
     def __init__(
         self, optimizer: ESAM, name: str, value: float, end: float | None = None, total_iters: int = 0
     ) -> None:
-        _check_total(total_iters, 0)
-        self.name, self.total_iters = name, total_iters
-        self.start, self.end = _checked(self, value, value if end is None else end)
+        self.name, self.total_iters = name, _total(total_iters, 0)
+        self.start, self.end = _checked(optimizer, name, value, value if end is None else end)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -131,9 +140,8 @@ class LinearSchedule(Schedule):
     """
 
     def __init__(self, optimizer: ESAM, name: str, start: float, end: float, total_iters: int) -> None:
-        _check_total(total_iters, 1)
-        self.name, self.total_iters = name, total_iters
-        self.start, self.end = _checked(self, start, end)
+        self.name, self.total_iters = name, _total(total_iters, 1)
+        self.start, self.end = _checked(optimizer, name, start, end)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -177,8 +185,8 @@ class PhaseSchedule(Schedule):
             raise ValueError(f"start must be an integer >= 0, got {start!r}")
         if stop is not None and not (_is_integer(stop) and stop > start):
             raise ValueError(f"stop must be None or an integer above start ({start}), got {stop!r}")
-        self.name, self.start, self.stop = name, start, stop
-        (self.inside,) = _checked(self, value)
+        self.name, self.start, self.stop = name, int(start), None if stop is None else int(stop)
+        (self.inside,) = _checked(optimizer, name, value)
         super().__init__(optimizer, name)
 
     def value(self) -> float:
@@ -202,8 +210,7 @@ class RhoProportionalToLR(Schedule):
     """
 
     def __init__(self, optimizer: ESAM) -> None:
-        if not isinstance(optimizer, ESAM):
-            raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
+        _check_optimizer(optimizer)
         self.ratios: list[float] = []
         super().__init__(optimizer, "rho")
 
@@ -212,6 +219,7 @@ class RhoProportionalToLR(Schedule):
         return self.ratios[0] * float(self.optimizer.param_groups[0]["lr"])
 
     def _apply(self) -> None:
+        self.optimizer._follow()
         new = self.optimizer.param_groups[len(self.ratios) :]
         rates = [float(group["lr"]) for group in new]
         if not all(rate > 0.0 for rate in rates):
@@ -226,14 +234,30 @@ class RhoProportionalToLR(Schedule):
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Integers of other libraries, numpy's for one, are integers."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _check_total(total_iters: int, least: int) -> None:
-    if not isinstance(total_iters, int) or total_iters < least:
+def _total(total_iters: int, least: int) -> int:
+    if not _is_integer(total_iters) or total_iters < least:
         raise ValueError(f"total_iters must be an integer >= {least}, got {total_iters!r}")
+    return int(total_iters)
 
 
-def _checked(schedule: Schedule, *values: float) -> list[float]:
-    """The values as Python's own numbers: torch.load takes no scalars of numpy's."""
-    return [schedule._check(value) for value in values]
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, ESAM):
+        raise TypeError(f"optimizer must be an ESAM or SAM, got {type(optimizer).__name__}")
+
+
+def _checked(optimizer: ESAM, name: str, *values: float) -> list[float]:
+    """The values as Python's own numbers: torch.load takes no scalars of numpy's.
+
+    What the optimizer's ascent cannot have is refused here, not in the middle of a training.
+    """
+    _check_optimizer(optimizer)
+    checked = [check_rho(value) if name == "rho" else check_share(name, value) for value in values]
+    if name in ("gamma", "ascent_share"):
+        others = replace(optimizer._perturbation.settings, gamma=1.0, ascent_share=1.0)
+        for value in checked:
+            replace(others, **{name: value})  # type: ignore[arg-type]
+    return checked

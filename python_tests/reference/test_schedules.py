@@ -234,6 +234,8 @@ def test_a_saved_state_is_not_changed_by_the_schedule_that_it_was_saved_from():
         lambda o, value: LinearSchedule(o, "rho", value, value / 2, total_iters=7),
         lambda o, value: ConstantSchedule(o, "rho", value, value / 2, total_iters=4),
         lambda o, value: PhaseSchedule(o, "rho", value, start=0),
+        lambda o, value: PhaseSchedule(o, "rho", value, start=np.int64(0), stop=np.int64(5)),
+        lambda o, value: LinearSchedule(o, "rho", value, value / 2, total_iters=np.int64(7)),
         lambda o, value: o.param_groups[0].update(rho=value) or RhoProportionalToLR(o),
     ],
 )
@@ -295,6 +297,8 @@ def test_a_schedule_goes_on_where_its_state_was_saved(make):
             "total_iters must be an integer >= 1",
         ),
         (lambda o: ConstantSchedule(o, "rho", 0.1, total_iters=-1), ValueError, "total_iters must be an integer >= 0"),
+        (lambda o: LinearSchedule(o, "rho", 0.1, 0.2, total_iters=2.0), ValueError, "an integer >= 1, got 2.0"),
+        (lambda o: LinearSchedule(o, "rho", 0.1, 0.2, total_iters=True), ValueError, "an integer >= 1, got True"),
         (lambda o: LinearSchedule(o.base_optimizer, "rho", 0.1, 0.2, total_iters=2), TypeError, "ESAM or SAM, got SGD"),
         (lambda o: PhaseSchedule(o, "gamma", 0.5, 1), ValueError, 'name must be "rho": .* which gamma cannot be'),
         (lambda o: PhaseSchedule(o, "rho", -0.5, 1), ValueError, "rho must be finite.*-0.5"),
@@ -310,6 +314,60 @@ def test_schedules_outside_the_range_are_refused_when_they_are_built_and_set_not
     with pytest.raises(error, match=message):
         make(optimizer)
     assert [read(optimizer, name) for name in ("rho", "beta", "gamma")] == [0.05, 0.6, 0.5]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: ConstantSchedule(o, "gamma", 1.0, end=0.5, total_iters=1000),
+        lambda o: ConstantSchedule(o, "ascent_share", 1.0, end=0.5, total_iters=1000),
+    ],
+)
+def test_what_an_ascent_cannot_have_later_is_refused_when_the_schedule_is_built(make):
+    optimizer = build(gamma=1.0, ascent="previous")
+    with pytest.raises(ValueError, match=r'must be 1 with ascent="previous", got 0\.5'):
+        make(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("of", "into", "message"),
+    [
+        (
+            lambda o: PhaseSchedule(o, "rho", 0.3, start=2),
+            lambda o: LinearSchedule(o, "rho", 0.1, 0.2, total_iters=3),
+            "another schedule: it is of 'rho', and lacks end, total_iters, and this is a LinearSchedule of 'rho'",
+        ),
+        (
+            lambda o: LinearSchedule(o, "beta", 1.0, 0.5, total_iters=3),
+            lambda o: LinearSchedule(o, "gamma", 1.0, 0.5, total_iters=3),
+            "another schedule: it is of 'beta', and this is a LinearSchedule of 'gamma'",
+        ),
+        (
+            lambda o: torch.optim.lr_scheduler.StepLR(o, 3),
+            lambda o: RhoProportionalToLR(o),
+            "another schedule: it is without a name, and lacks .*ratios",
+        ),
+    ],
+)
+def test_the_state_of_another_schedule_is_refused_and_changes_nothing(of, into, message):
+    saved, optimizer = of(build()).state_dict(), build()
+    schedule = into(optimizer)
+    own, values = schedule.state_dict(), [read(optimizer, name) for name in ("rho", "beta", "gamma")]
+    with pytest.raises(ValueError, match=message):
+        schedule.load_state_dict(saved)
+    assert schedule.state_dict() == own
+    assert [read(optimizer, name) for name in ("rho", "beta", "gamma")] == values
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(lambda o: ConstantSchedule(o, "rho", 0.3), 0.3), (RhoProportionalToLR, 0.05)]
+)
+def test_a_group_that_was_added_to_the_base_optimizer_has_the_optimizers_rho(make, expected):
+    optimizer = build()
+    schedule = make(optimizer)
+    optimizer.base_optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    schedule.step()
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([expected, expected])
 
 
 def test_rho_cannot_follow_a_learning_rate_of_zero():
