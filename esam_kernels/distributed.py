@@ -101,11 +101,34 @@ class Parallelism:
 
     @contextlib.contextmanager
     def without_synchronization(self) -> Iterator[None]:
-        """Inside, forwards and backwards leave each rank its own gradients (``no_sync``; not with FSDP2)."""
+        """Inside, forwards and backwards leave each rank its own gradients (``no_sync``; not with FSDP2).
+
+        Raises:
+            RuntimeError: as :meth:`unreduced` does.
+        """
         with contextlib.ExitStack() as stack:
             for ddp in self._data_parallel:
                 stack.enter_context(ddp.no_sync())
-            yield
+            with self.unreduced():
+                yield
+
+    @contextlib.contextmanager
+    def unreduced(self) -> Iterator[None]:
+        """Around a backward whose forward ran inside ``no_sync``.
+
+        DistributedDataParallel decides in its forwards whether the next backward, of whichever forward, is reduced.
+
+        Raises:
+            RuntimeError: it was reduced all the same.
+        """
+        before = [ddp.reducer.get_backward_stats() for ddp in self._data_parallel]
+        yield
+        if before != [ddp.reducer.get_backward_stats() for ddp in self._data_parallel]:
+            raise RuntimeError(
+                "DistributedDataParallel has averaged gradients that each rank keeps to itself, those of the first "
+                "pass: it was waiting for the backward of an earlier forward. Run a forward that no backward follows "
+                "under torch.no_grad(), and the forward of the first pass inside model.no_sync()"
+            )
 
     @property
     def is_spread(self) -> bool:

@@ -76,6 +76,7 @@ class Probe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(distributed.Parallelism(self._model).without_synchronization())
             self._remember()
             self._outside = stack.pop_all()
         return self

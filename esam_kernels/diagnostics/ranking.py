@@ -63,7 +63,7 @@ def ranking_agreement(
     optimizer._phases.require(perturbed=False, call="ranking_agreement")
     if not optimizer._phases.perturbs:
         raise ValueError("no group that trains has a radius (rho) above 0: nothing is perturbed, and no loss rises")
-    with Probe(optimizer._model, closure, batch) as probe, optimizer._parallelism.without_synchronization():
+    with Probe(optimizer._model, closure, batch) as probe:
         k = size_of_selection(optimizer.gamma, probe.samples)
         twin = _twin(optimizer, ranking)
         try:

@@ -131,7 +131,8 @@ class Phases:
         trained = perturbation.trained()
         if not trained:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
-        with self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext():
+        recorded = self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext()
+        with contextlib.nullcontext() if self.parallelism.synchronizes else self.parallelism.unreduced(), recorded:
             takes_all = len(drawn) == len(trained) and (self.parallelism.synchronizes or not self._others(loss))
             if perturbation.parameters.is_sharded or takes_all:
                 loss.backward()

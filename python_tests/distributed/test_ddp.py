@@ -29,7 +29,7 @@ from training import (
     wrap,
 )
 
-from esam_kernels import ESAM, cross_entropy
+from esam_kernels import ESAM, cross_entropy, diagnostics
 
 
 @pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
@@ -264,6 +264,50 @@ def _overflow() -> tuple[bool, bool]:
     skipped = all(map(torch.equal, start, weights(model)))
     optimizer.step(losses, *part, scaler=scaler)
     return skipped, not any(map(torch.equal, start, weights(model)))
+
+
+@pytest.mark.parametrize("swp", [{"beta": 1.0}, TENSOR], ids=["all", "drawn"])
+@pytest.mark.parametrize("way", ["step", "closure", "phases", "forward outside no_sync"])
+def test_a_first_pass_that_is_averaged_all_the_same_is_refused(way: str, swp: dict[str, Any]) -> None:
+    """After a forward with gradients that no backward follows, DDP reduces the next backward, whatever no_sync says."""
+    run_ranks(_after_a_look, way, {**SGD, **swp})
+
+
+def _after_a_look(way: str, options: dict[str, Any]) -> None:
+    model = wrap(build_model())
+    optimizer = ESAM(model.parameters(), model=model, **options)
+    losses, batch = losses_of(model), next(batches(1))[dist.get_rank()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = losses(*batch).mean()
+        loss.backward()
+        return loss
+
+    def phases() -> None:
+        with model.no_sync():
+            optimizer.backward(losses(*batch).mean() if way == "phases" else loss)
+
+    start = weights(model)
+    loss = losses(*batch).mean()
+    calls = {"step": lambda: optimizer.step(losses, *batch), "closure": lambda: optimizer.step(closure)}
+    with pytest.raises(RuntimeError, match=r"backward of an earlier forward.* under torch\.no_grad\(\)"):
+        calls.get(way, phases)()
+    assert all(map(torch.equal, start, weights(model)))
+
+
+def test_a_measurement_of_the_wrapped_model_is_no_such_forward() -> None:
+    options = {**SGD, **TENSOR}
+    assert_same(run_ranks(_measured, options), train_replicas(options, 3))
+
+
+def _measured(options: dict[str, Any]) -> list[Tensor]:
+    model = wrap(build_model())
+    optimizer = ESAM(model.parameters(), model=model, **options)
+    for parts in batches(3):
+        diagnostics.sharpness(model, losses_of(model), *parts[dist.get_rank()])
+        optimizer.step(losses_of(model), *parts[dist.get_rank()])
+    return weights(model)
 
 
 def test_what_is_refused() -> None:
