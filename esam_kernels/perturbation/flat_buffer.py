@@ -24,7 +24,9 @@ ALIGNMENT = 64
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order."""
+    """Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order. None do."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1):
         if stride != expected:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from esam_kernels import SAM
+from esam_kernels import ESAM, SAM
 from esam_kernels.perturbation.flat_buffer import FlatBuffers, is_dense, owners
 
 
@@ -100,10 +100,26 @@ def test_refresh_notices_parameters_that_were_moved():
         (torch.empty(1).expand(3), False),
         (torch.empty(()), True),
         (torch.empty(0, 3), True),
+        (torch.empty(3, 0), True),
+        (torch.empty(2, 0, 3), True),
     ],
 )
 def test_is_dense(tensor, dense):
     assert is_dense(tensor) is dense
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_weight_without_elements_changes_nothing(flatten):
+    """Of nn.Linear(0, 3), for one: (3, 0)."""
+
+    def train(extra):
+        model = oracles.mlp()
+        optimizer = ESAM([*model.parameters(), *extra], torch.optim.SGD, lr=0.1, momentum=0.9, flatten=flatten)
+        for step in range(3):
+            optimizer.step(oracles.losses_of(model), *oracles.batch(seed=step))
+        return oracles.weights_of(model)
+
+    assert oracles.same_bits(train([nn.Parameter(torch.empty(3, 0))]), train([]))
 
 
 def test_parameters_that_share_a_part_of_their_memory_are_refused():
