@@ -35,7 +35,8 @@ def normalization_groups(
         Two groups, in the form that every torch optimizer takes. The first holds the normalization layers' own
         parameters, with this ``rho``, the second all others, with ``rho=0`` (left out if there are no others).
         Each parameter is in one group, once, in the order of ``model.parameters()``; one that a normalization layer
-        shares with another layer is in the first.
+        shares with another layer is in the first. Frozen ones are grouped too: where the whole first group is frozen,
+        nothing is perturbed, and a step is the base optimizer's.
 
     Raises:
         ValueError: a rho out of range, or a model whose normalization layers have no parameters.

@@ -13,6 +13,7 @@ from esam_kernels.diagnostics.selected_data import size_of_selection
 from esam_kernels.optimizer import ESAM
 from esam_kernels.ranking import RankingContext
 from esam_kernels.selection import select
+from esam_kernels.tensor_lists import drop_gradients, gradients
 
 _OF_GROUP = ("params", "rho", "adaptive", "maximize")
 _OF_SETTINGS = ("beta", "gamma", "eta", "mask", "radius", "eps", "seed")
@@ -66,6 +67,9 @@ def ranking_agreement(
     with Probe(optimizer._model, closure, batch) as probe:
         k = size_of_selection(optimizer.gamma, probe.samples)
         twin = _twin(optimizer, ranking)
+        params = twin._perturbation.params  # also those of a loss, which are not the model's
+        grads = gradients(params)
+        drop_gradients(params)
         try:
             before = torch.cat(probe.each_part(lambda losses: _differentiated(twin, losses)))
             twin.first_step(zero_grad=True)
@@ -74,6 +78,8 @@ def ranking_agreement(
         finally:
             twin.restore()
             twin._phases.close()
+            for param, grad in zip(params, grads):
+                param.grad = grad
         if twin._phases._maximizes():
             rises = -rises  # the perturbation goes down, and B+ are the samples that fall most
     nothing = torch.zeros_like(rises)

@@ -134,7 +134,8 @@ def linearity(
         rho: radius, >= 0.
         betas: shares of the weights that are perturbed, in (0, 1].
         draws: over how many draws of the mask to take the mean.
-        rescale: True: e = m * e_SAM / beta (Eq. 5). False: e = m * e_SAM.
+        rescale: True: e = m * e_SAM / beta (Eq. 5). False: e = m * e_SAM. With mask="tensor" the norm in e_SAM is the
+            one that ESAM knows, that of the drawn tensors (see ``radius``).
         mask, radius, adaptive, eps: as for :class:`esam_kernels.ESAM`.
         seed: of the draws.
 

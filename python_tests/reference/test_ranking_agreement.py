@@ -120,6 +120,22 @@ def test_nothing_is_left_changed(ranking):
     assert model[1].track_running_stats
 
 
+def test_parameters_that_are_not_the_models_keep_their_gradients():
+    """Those of a loss, of which the optimizer knows and the model does not."""
+    model = oracles.mlp(dtype=torch.float64)
+    temperature = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    params = [*model.parameters(), temperature]
+    optimizer = ESAM(params, torch.optim.SGD, lr=0.1, rho=0.5, gamma=0.4, beta=1.0, model=model)
+    grad = temperature.grad = torch.tensor(3.0, dtype=torch.float64)
+
+    def closure(inputs, target):
+        return oracles.losses_of(lambda x: model(x) / temperature)(inputs, target)
+
+    ranking_agreement(optimizer, closure, *oracles.batch(20, dtype=torch.float64), ranking="random")
+    assert temperature.grad is grad
+    assert (float(grad), float(temperature)) == (3.0, 2.0)
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_no_hook_is_left_while_the_exception_is_looked_at(where):
     """A notebook keeps the last traceback, and all that its frames hold."""
