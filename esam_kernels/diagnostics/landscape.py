@@ -112,12 +112,12 @@ def loss_landscape(
     with Probe(model, closure, batch, micro_batch) as probe:
         x, y = _directions(probe, directions, seed, normalize)
         axis = [extent * (2 * i - (points - 1)) / (points - 1) for i in range(points)]
-        losses = torch.empty(points, points, dtype=torch.float64)
+        losses = torch.empty(points, points, dtype=torch.float64, device="cpu")
         for i, alpha in enumerate(axis):
             for j, beta in enumerate(axis):
                 probe.move((alpha, x), (beta, y))
                 losses[i, j] = probe.loss()
-    grid = torch.tensor(axis, dtype=torch.float64)
+    grid = torch.tensor(axis, dtype=torch.float64, device="cpu")
     return LossLandscape(grid, grid.clone(), losses)
 
 
@@ -158,7 +158,7 @@ def _given(probe: Probe, directions: Any) -> tuple[Vector, Vector]:
 def _adversarial(probe: Probe, generator: torch.Generator) -> tuple[Vector, Vector]:
     if probe.samples < 2:
         raise ValueError("adversarial directions need two samples or more: one half of the batch for each")
-    order = torch.randperm(probe.samples, generator=generator)
+    order = torch.randperm(probe.samples, generator=generator, device="cpu")
     with torch.enable_grad():
         x, y = (probe.gradient(probe.subset(half.sort().values))[1] for half in order.tensor_split(2))
     return x, y

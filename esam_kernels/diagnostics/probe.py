@@ -128,7 +128,10 @@ class Probe:
 
     def normal(self, generator: torch.Generator) -> Vector:
         """A vector of independent normal numbers, from a generator on the CPU: the same on every device."""
-        return [part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64)) for part in self.zeros()]
+        vector = self.zeros()
+        for part in vector:
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu"))
+        return vector
 
     # -- other weights -------------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def gradient_cosine(
             probe.restore()
         else:
             _, whole = probe.gradient()
-        order = torch.randperm(probe.samples, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(probe.samples, generator=torch.Generator().manual_seed(seed), device="cpu")
         parts = (*_split(before, after, k), order[:k].sort().values)
         cosines = [_cosine(probe.gradient(probe.subset(part))[1], whole) for part in parts]
     return GradientCosine(*cosines)

@@ -89,7 +89,7 @@ def sharpness(
             z = _climb(z, probe.gradient()[1], scaling, rho, eps)
             probe.move((1.0, [t * part for t, part in zip(scaling, z)]))
             perturbed.append(probe.loss())
-    loss, highest = mean(losses), float(torch.tensor(perturbed, dtype=torch.float64).max())
+    loss, highest = mean(losses), float(torch.tensor(perturbed, dtype=torch.float64, device="cpu").max())
     return Sharpness(loss, highest, highest - loss)
 
 
@@ -172,5 +172,5 @@ def linearity(
 
 
 def _mean_rows(rows: list[list[float]]) -> list[float]:
-    means: Tensor = torch.tensor(rows, dtype=torch.float64).mean(dim=0)
+    means: Tensor = torch.tensor(rows, dtype=torch.float64, device="cpu").mean(dim=0)
     return means.tolist()

@@ -234,6 +234,16 @@ def test_autocast_sees_the_moved_weights(function):
     assert repr(got) == repr(expected)
 
 
+@every_function
+def test_the_default_device_may_be_another_than_the_models(function):
+    """Of programs that call torch.set_default_device("cuda"); "meta" has no numbers at all."""
+    model, batch = oracles.mlp(), oracles.batch(16)
+    expected = function(model, oracles.losses_of(model), *batch)
+    with torch.device("meta"):
+        got = function(model, oracles.losses_of(model), *batch)
+    assert repr(got) == repr(expected)
+
+
 def test_noise_and_buffers_are_the_same_at_every_point():
     model = noisy_model()
     with torch.no_grad():
