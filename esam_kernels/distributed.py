@@ -101,16 +101,11 @@ class Parallelism:
 
     @contextlib.contextmanager
     def without_synchronization(self) -> Iterator[None]:
-        """Inside, forwards and backwards leave each rank its own gradients (``no_sync``; not with FSDP2).
-
-        Raises:
-            RuntimeError: as :meth:`unreduced` does.
-        """
+        """Inside, forwards and backwards leave each rank its own gradients (``no_sync``; not with FSDP2)."""
         with contextlib.ExitStack() as stack:
             for ddp in self._data_parallel:
                 stack.enter_context(ddp.no_sync())
-            with self.unreduced():
-                yield
+            yield
 
     @contextlib.contextmanager
     def unreduced(self) -> Iterator[None]:

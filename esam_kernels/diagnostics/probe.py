@@ -76,7 +76,9 @@ class Probe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(distributed.Parallelism(self._model).without_synchronization())
+            parallelism = distributed.Parallelism(self._model)
+            stack.enter_context(parallelism.without_synchronization())
+            stack.enter_context(parallelism.unreduced())
             self._remember()
             self._outside = stack.pop_all()
         return self

@@ -296,6 +296,35 @@ def _after_a_look(way: str, options: dict[str, Any]) -> None:
     assert all(map(torch.equal, start, weights(model)))
 
 
+@pytest.mark.parametrize("way", ["step", "closure"])
+def test_a_first_pass_that_is_to_be_averaged_may_be_averaged_earlier(way: str) -> None:
+    options = {**SGD, "beta": 1.0, "rho": 0.2, "gamma": 1.0, "sync_perturbation": True}
+    got = run_ranks(_steps_after_looks, way, options)
+    del options["sync_perturbation"]
+    assert_same(got, train_alone(options, 3))
+
+
+def _steps_after_looks(way: str, options: dict[str, Any]) -> list[Tensor]:
+    model = wrap(build_model())
+    optimizer = ESAM(model.parameters(), model=model, **options)
+    losses = losses_of(model)
+    for parts in batches(3):
+        batch = parts[dist.get_rank()]
+
+        def closure(batch: tuple[Tensor, ...] = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = losses(*batch).mean()
+            loss.backward()
+            return loss
+
+        losses(*batch)  # with gradients, and no backward follows
+        if way == "step":
+            optimizer.step(losses, *batch)
+        else:
+            optimizer.step(closure)
+    return weights(model)
+
+
 def test_a_measurement_of_the_wrapped_model_is_no_such_forward() -> None:
     options = {**SGD, **TENSOR}
     assert_same(run_ranks(_measured, options), train_replicas(options, 3))
