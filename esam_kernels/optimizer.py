@@ -354,8 +354,9 @@ class ESAM(Optimizer):
 
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``.
-            ValueError: groups of other sizes, hyperparameters out of range, entries that a newer version has written,
-                or a checkpoint of another ascent. Nothing is changed then.
+            ValueError: no state of an optimizer, or one of another kind than the base, groups of other sizes,
+                hyperparameters out of range, entries that a newer version has written, or a checkpoint of another
+                ascent. Nothing is changed then.
         """
         self._phases.require(perturbed=False, call="load_state_dict")
         hooks.load_between_hooks(self, state_dict, self._load)

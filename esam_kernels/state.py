@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from esam_kernels.base_optimizer import group_defaults
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
@@ -51,10 +52,12 @@ def load(perturbation: StochasticWeightPerturbation, state: dict[str, Any]) -> N
     """Take over what :func:`state_dict` returned, or the state of a plain torch optimizer of the base's kind.
 
     Raises:
-        ValueError: groups of other sizes, hyperparameters out of range, entries that are unknown, or a checkpoint of
-            another ascent. Nothing is changed then.
+        ValueError: no state of an optimizer, or one of another kind than the base, groups of other sizes,
+            hyperparameters out of range, entries that are unknown, or a checkpoint of another ascent. Nothing is
+            changed then.
     """
     base = perturbation.base
+    _check_kind(base, state)
     saved = _saved(state)
     settings = _settings(perturbation.settings, saved)
     entries, history = _without_history(state)
@@ -67,6 +70,27 @@ def load(perturbation: StochasticWeightPerturbation, state: dict[str, Any]) -> N
     perturbation.step = saved.get("step", perturbation.step)
     perturbation.ascent.load(history, perturbation.params)
     note(perturbation)
+
+
+def _check_kind(base: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse what is no state of an optimizer, and one that lacks hyperparameters of ``base``, of torch's own kinds.
+
+    torch takes it over, and the next step raises a KeyError.
+    """
+    if not {"state", "param_groups"} <= state.keys():
+        raise ValueError(
+            "state_dict must be what state_dict() of an optimizer returned, with the entries 'state' and "
+            f"'param_groups', got the entries {list(state)[:4]}: the state of a model goes to model.load_state_dict"
+        )
+    kind = type(base)
+    # Flags, and what may be None, came later in some kinds: torch fills them in.
+    needed = [name for name, value in base.defaults.items() if not (value is None or isinstance(value, bool))]
+    lacking = [name for group in state["param_groups"] for name in needed if name not in group]
+    if lacking and kind.__module__.startswith("torch.optim."):
+        raise ValueError(
+            f"the state is not that of {kind.__name__}, the base optimizer: its groups have no {lacking[0]!r}. Build "
+            "the optimizer with the base optimizer that the state was saved from"
+        )
 
 
 def _saved(state: dict[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,9 @@ class PreviousGradient(CurrentGradient):
         return dict(self._history)
 
     def load(self, state: dict[int, Tensor], params: Sequence[Tensor]) -> None:
-        """Take over copies, on the parameters' devices."""
-        self._history = {i: torch.empty_like(params[i]).copy_(last) for i, last in state.items()}
+        """Take over copies, on the parameters' devices, but none of another shape: a step drops those as well."""
+        fitting = {i: last for i, last in state.items() if last.shape == params[i].shape}
+        self._history = {i: torch.empty_like(params[i]).copy_(last) for i, last in fitting.items()}
 
     def put_back(self, state: dict[int, Tensor]) -> None:
         """The last gradients as they were."""

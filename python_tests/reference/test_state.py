@@ -1,6 +1,7 @@
 """Contract point 10: save, load, go on, with the same bits as never having stopped."""
 
 import copy
+import functools
 import io
 
 import numpy as np
@@ -257,3 +258,39 @@ def test_a_state_of_other_groups_or_with_a_bad_rho_is_refused_and_changes_nothin
         optimizer.load_state_dict(state)
     assert optimizer.beta == 0.6
     assert optimizer.param_groups[0]["rho"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [("SGD", "AdamW"), ("AdamW", "SGD"), ("SGD", "NAdam"), ("RMSprop", "SGD"), ("Adagrad", "Rprop")]
+)
+def test_a_state_of_another_kind_of_base_optimizer_is_refused_and_changes_nothing(own, other):
+    states = []
+    for name in (other, own):
+        model = oracles.mlp()
+        optimizer = ESAM(model.parameters(), getattr(torch.optim, name), lr=0.01, rho=0.5)
+        run(model, optimizer, 0, 2)
+        states.append(copy.deepcopy(optimizer.state_dict()))
+    call = functools.partial(optimizer.load_state_dict, states[0])
+    oracles.assert_refused(call, ValueError, f"the state is not that of {own}, the base optimizer", model, optimizer)
+    optimizer.load_state_dict(states[1])
+
+
+def test_what_is_no_state_of_an_optimizer_is_refused_and_changes_nothing():
+    model, optimizer = build()
+    run(model, optimizer, 0, 2)
+    for state in (model.state_dict(), {}, {"state": {}}):
+        call = functools.partial(optimizer.load_state_dict, state)
+        oracles.assert_refused(call, ValueError, "state_dict must be what state_dict", model, optimizer)
+
+
+def test_last_gradients_of_another_shape_are_not_taken_over():
+    model = oracles.mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1.0, ascent="previous")
+    run(model, optimizer, 0, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1]["previous_gradient"] = torch.ones(1)
+    state["state"][2]["previous_gradient"] = torch.ones(9, 9)
+    optimizer.load_state_dict(state)
+    assert [i for i, entries in optimizer.state_dict()["state"].items() if "previous_gradient" in entries] == [
+        i for i in range(6) if i not in (1, 2)
+    ]
