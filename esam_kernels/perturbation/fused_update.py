@@ -69,6 +69,14 @@ def has_hooks(base: Optimizer) -> bool:
     )
 
 
+def _has_own_step(base: Optimizer) -> bool:
+    """Whether the user has put a ``step`` in the place of the class's; an LR scheduler's, which counts, is none."""
+    step = vars(base).get("step")
+    if step is not None and hasattr(step, "_wrapped_by_lr_sched"):
+        step = step.__wrapped__
+    return step is not None and getattr(step, "__func__", step) is not type(base).step
+
+
 def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> str | None:
     """Why :func:`restore_and_step` cannot take the place of ``base.step()``, whatever the gradients; None if it can."""
     if type(base) not in _STEPS:
@@ -82,6 +90,8 @@ def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> st
             return f"the backend {chosen.__name__.rpartition('.')[2]!r} does not fuse updates"
     if has_hooks(base):
         return "there are step hooks on the base optimizer, or on all optimizers"
+    if _has_own_step(base):
+        return "base_optimizer.step has been replaced"
     if getattr(base, "found_inf", None) is not None:
         return "a GradScaler is taking the step"
     for options in base.param_groups:

@@ -1,6 +1,7 @@
 """Contract point 11: beta = gamma = 1 is SAM, rho = 0 is the base optimizer; and any base optimizer works."""
 
 import functools
+import types
 
 import oracles
 import pytest
@@ -266,6 +267,33 @@ def test_the_base_optimizers_groups_and_state_are_the_optimizers_own():
     optimizer.step(oracles.losses_of(model), *oracles.batch())
     assert optimizer.state is base.state
     assert len(base.state) == 6
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_step_that_the_user_puts_in_place_of_the_base_optimizers_is_the_one_that_is_taken(name, scheduled):
+    model = oracles.mlp()
+    optimizer = make(model, name, "class", rho=0.5)
+    base, calls = optimizer.base_optimizer, []
+
+    def step(self, closure=None):
+        calls.append(self)
+        return type(self).step(self, closure)
+
+    base.step = types.MethodType(step, base)
+    if scheduled:
+        torch.optim.lr_scheduler.ExponentialLR(base, 0.9)
+    for number in range(3):
+        optimizer.step(oracles.losses_of(model), *oracles.batch(seed=number))
+    assert calls == [base] * 3
+
+
+@pytest.mark.usefixtures("fused")
+def test_the_step_that_a_scheduler_wraps_is_still_fused():
+    optimizer = make(oracles.mlp(), "SGD", "class")
+    torch.optim.lr_scheduler.ExponentialLR(optimizer.base_optimizer, 0.9)
+    assert optimizer._perturbation.why_not_fused() is None
 
 
 def test_the_base_optimizers_step_hooks_are_called():
