@@ -85,7 +85,8 @@ def check(name: str, value: Any) -> None:
         if not (isinstance(value, int) and 0 <= value < 2**63):
             raise ValueError(f"{name} must be an integer in [0, 2^63), got {value!r}")
     elif not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0.0):
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+        whose = ". It is ESAM's own: to set the base optimizer's eps, pass an instance" if name == "eps" else ""
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}{whose}")
 
 
 def _name_of(ranking: Any) -> str:

@@ -38,6 +38,7 @@ SHARES = [0.0, -0.1, 1.0001, math.nan, math.inf, "0.5", None, True]
         ({"adaptive": 1}, TypeError, r"adaptive must be True or False, got 1"),
         ({"eta": -1.0}, ValueError, r"eta must be finite and not negative, got -1.0"),
         ({"eps": math.nan}, ValueError, r"eps must be finite and not negative, got nan"),
+        ({"eps": (None, 1e-3)}, ValueError, r"eps must be finite.* to set the base optimizer's eps, pass an instance"),
         ({"mask": "row"}, ValueError, r"mask must be one of \('tensor', 'element'\), got 'row'"),
         ({"radius": "half"}, ValueError, r"radius must be one of \('paper', 'released'\), got 'half'"),
         *[
