@@ -43,6 +43,15 @@ def find_head(head: nn.Module | None, model: nn.Module | None, *, needed: bool) 
     return None
 
 
+def own_parameter(head: nn.Linear, name: str) -> Tensor | None:
+    """The layer's parameter of this name, that which pruning has renamed included; None where others stand in for it.
+
+    The attribute is not asked: a parametrization computes it anew each time, and spectral_norm moves its buffers.
+    """
+    param = head._parameters.get(name)
+    return head._parameters.get(f"{name}_orig") if param is None else param
+
+
 class _Use:
     """One forward of the head: its input, and the gradient of its output as the last backward left it."""
 
@@ -105,8 +114,8 @@ class HeadRecorder:
 
         None if anything drawn lies at or before the head in the graph of ``loss``: not every batch passes each layer.
         """
-        own = [param for param in (self.head.bias, self.head.weight) if param is not None]
-        own = [param for param in own if param.is_leaf and param.requires_grad]
+        held = [own_parameter(self.head, name) for name in ("bias", "weight")]
+        own = [param for param in held if param is not None and param.requires_grad]
         wanted = set(map(id, drawn))
         if not wanted.isdisjoint(map(id, own)):
             return []
@@ -179,13 +188,13 @@ class HeadRecorder:
             return None
         uses = [part[0] for part in self._parts] or self._others
         grads = [use.output_grad for use in uses if use.output_grad is not None]
-        weight, bias = self.head.weight, self.head.bias
+        bias = self.head.bias
         return Head(
             uses[0].input if len(uses) == 1 else torch.cat([use.input for use in uses]),
             grads[0] if len(uses) == 1 else torch.cat(grads),
             has_bias=bias is not None,
             transform=(
-                _squared_scale(weight, eta) if adaptive[0] else None,
+                _squared_scale(self.head.weight, eta) if adaptive[0] else None,
                 _squared_scale(bias, eta) if adaptive[1] and bias is not None else None,
             ),
         )

@@ -14,6 +14,7 @@ from esam_kernels.batches import batch_size, check_losses
 from esam_kernels.distributed import Parallelism
 from esam_kernels.perturbation.swp import StochasticWeightPerturbation
 from esam_kernels.ranking import Head, HeadRecorder, RankingContext, make
+from esam_kernels.ranking.head import own_parameter
 from esam_kernels.selection import check_logits, num_selected, selected_from_logits_on, selected_on
 from esam_kernels.step.perturbed_weights import PerturbedWeights
 from esam_kernels.step.replay import RandomState
@@ -267,13 +268,13 @@ class Phases:
             return
         head = self._recorder.head
         self._head = self._recorder.take(
-            (self._is_adaptive(head.weight), head.bias is not None and self._is_adaptive(head.bias)),
+            (self._is_adaptive(own_parameter(head, "weight")), self._is_adaptive(own_parameter(head, "bias"))),
             self.perturbation.settings.eta,
         )
         if self._head is not None:
             self._recorder.forget()
 
-    def _is_adaptive(self, param: Tensor) -> bool:
+    def _is_adaptive(self, param: Tensor | None) -> bool:
         """Whether T_w of this parameter's group is not 1."""
         parameters = self.perturbation.parameters
         place = next((i for i, own in enumerate(parameters.tensors) if own is param), None)

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from esam_kernels import ESAM
@@ -303,3 +304,32 @@ def test_losses_of_another_batch_than_pass_1_saw_are_refused():
     optimizer.first_step()
     with pytest.raises(ValueError, match="saw 12 samples in the first pass, the batch has 10"):
         optimizer.select(torch.zeros(10), None, torch.arange(10))
+
+
+# -- a head whose weight is computed from others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_the_buffers_of_a_parametrized_head_move_in_the_first_forward_only(beta):
+    model = oracles.mlp()
+    parametrizations.spectral_norm(model[4])
+    untouched = copy.deepcopy(model)
+    _, optimizer = build(model, beta=beta)
+    optimizer.step(oracles.losses_of(model), *oracles.batch())
+    oracles.losses_of(untouched)(*oracles.batch())
+    assert oracles.same_bits(list(model.buffers()), list(untouched.buffers()))
+
+
+def test_an_adaptive_head_whose_mask_prunes_nothing_ranks_as_one_without_a_mask():
+    chosen = []
+    for is_pruned in (False, True):
+        model = oracles.mlp()
+        params = list(model.parameters())
+        if is_pruned:
+            prune.identity(model[4], "weight")
+        with torch.no_grad():
+            params[4].mul_(torch.linspace(0.0, 20.0, params[4].numel()).view_as(params[4]))
+        _, optimizer = build(model, beta=1.0, adaptive=True)
+        losses = oracles.losses_of(model)
+        chosen.append([chosen_by(optimizer, losses, *oracles.batch(32, seed=seed)) for seed in range(4)])
+    assert chosen[0] == chosen[1]
