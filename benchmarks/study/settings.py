@@ -44,8 +44,8 @@ class Setting:
 
 
 # Every mode takes as many trainings as the others: 56 to search, and two for each seed of the report. So the settings
-# whose trainings take a minute or more compare few modes, and only the digits, at 3 seconds a training, all.
-_FEW = ("sgd", "sam", "esam", "sam-quarter")
+# whose trainings take half a minute or more compare few modes, and only the digits, at 3 seconds a training, all.
+_FEW = ("sgd", "sam", "esam", "sam-quarter", "momentum")
 _RANKINGS = (*_FEW, "first-order", "random", "sharp-quarter")
 _MORE_PARTS = ("sam-three-eighths", "sharp-three-eighths")
 
@@ -78,7 +78,7 @@ _CONVOLUTION = Setting(
     networks.conv1d,
     0.0,
     epochs=30,
-    modes=(*_RANKINGS, "norm", "norm-first-order"),
+    modes=(*_RANKINGS, "norm", "norm-first-order", "norm-quarter"),
 )
 _DIGITS = Setting(
     "digits",
