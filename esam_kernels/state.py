@@ -73,9 +73,9 @@ def load(perturbation: StochasticWeightPerturbation, state: dict[str, Any]) -> N
 
 
 def _check_kind(base: Optimizer, state: dict[str, Any]) -> None:
-    """Refuse what is no state of an optimizer, and one that lacks hyperparameters of ``base``, of torch's own kinds.
+    """Refuse what is no state of an optimizer, and the state of another kind than ``base``, where that is torch's own.
 
-    torch takes it over, and the next step raises a KeyError.
+    torch would load it, and the next step would raise a KeyError.
     """
     if not {"state", "param_groups"} <= state.keys():
         raise ValueError(

@@ -30,7 +30,7 @@ class Setting:
     seeds: int = 10
     bfloat16: bool = False
     modes: tuple[str, ...] = tuple(MODES)
-    """The names of those that are compared here."""
+    """The names of the modes that are compared here."""
 
     def has(self, mode: Mode) -> bool:
         """Whether the mode is compared here."""
@@ -44,7 +44,7 @@ class Setting:
 
 
 # Every mode takes as many trainings as the others: 56 to search, and two for each seed of the report. So the settings
-# whose trainings take half a minute or more compare few modes, and only the digits, at 3 seconds a training, all.
+# whose trainings take half a minute or more compare few modes; the digits, at 3 seconds a training, nearly all.
 _FEW = ("sgd", "sam", "esam", "sam-quarter", "momentum")
 _RANKINGS = (*_FEW, "first-order", "random", "sharp-quarter")
 _MORE_PARTS = ("sam-three-eighths", "sharp-three-eighths")

@@ -146,7 +146,7 @@ def linearity(
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.
     """
     if isinstance(betas, Real):
-        raise TypeError(f"betas must be a sequence of shares, (1.0, 0.5) for one, got {betas!r}")
+        raise TypeError(f"betas must be a sequence of shares, such as (1.0, 0.5), got {betas!r}")
     betas = [check_share("betas", beta) for beta in betas]
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be a positive integer, got {draws!r}")

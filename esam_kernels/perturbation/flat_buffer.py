@@ -24,7 +24,7 @@ ALIGNMENT = 64
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order. None do."""
+    """Whether the elements, if any, fill one stretch of memory without gaps or overlaps, in any order."""
     if tensor.numel() == 0:
         return True
     expected = 1

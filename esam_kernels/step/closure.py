@@ -95,7 +95,7 @@ class ClosureStep:
             )
         had_gradients = [] if is_sure else [param for param in params if param.grad is not None]
         phases.drop_gradients()
-        with phases.parallelism.without_synchronization(), phases.unreduced():
+        with phases.parallelism.without_synchronization(), phases.unreduced(takes_all=True):
             loss, zeroes = self._observed(phases, closure, had_gradients)
         if all(grad is None for grad in gradients(params)):
             raise RuntimeError(

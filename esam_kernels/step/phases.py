@@ -133,22 +133,22 @@ class Phases:
         if not trained:
             raise RuntimeError("no parameter requires a gradient: nothing can be trained")
         recorded = self._recorder.pass_1() if self._recorder is not None else contextlib.nullcontext()
-        with contextlib.nullcontext() if self.parallelism.synchronizes else self.unreduced(), recorded:
-            takes_all = len(drawn) == len(trained) and (self.parallelism.synchronizes or not self._others(loss))
+        takes_all = len(drawn) == len(trained) and (self.parallelism.synchronizes or not self._others(loss))
+        with contextlib.nullcontext() if self.parallelism.synchronizes else self.unreduced(takes_all), recorded:
             if perturbation.parameters.is_sharded or takes_all:
                 loss.backward()
             elif drawn:
                 self._backward_of_some(loss, drawn)
         self._ran_backward = True
 
-    def unreduced(self) -> contextlib.AbstractContextManager[None]:
-        """Around the backward of pass 1 inside ``no_sync``: an error where it is averaged over the ranks all the same.
+    def unreduced(self, takes_all: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the backward of pass 1 inside ``no_sync``: an error where DDP averages its gradients all the same.
 
-        With ``sync_perturbation`` they are averaged in any case, so that only a part of them is an error.
+        Args:
+            takes_all: whether it computes all gradients. With ``sync_perturbation`` these may be averaged at once, as
+                they are averaged later anyway; DDP cannot average some of them.
         """
-        settings = self.perturbation.settings
-        takes_part = settings.mask == "tensor" and settings.beta < 1.0
-        return contextlib.nullcontext() if self.sync_perturbation and not takes_part else self.parallelism.unreduced()
+        return contextlib.nullcontext() if self.sync_perturbation and takes_all else self.parallelism.unreduced()
 
     def _others(self, loss: Tensor) -> list[Tensor]:
         """What the loss can be differentiated for beside the parameters: those of another optimizer, for one."""

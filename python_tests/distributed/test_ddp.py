@@ -296,9 +296,11 @@ def _after_a_look(way: str, options: dict[str, Any]) -> None:
     assert all(map(torch.equal, start, weights(model)))
 
 
-@pytest.mark.parametrize("way", ["step", "closure"])
-def test_a_first_pass_that_is_to_be_averaged_may_be_averaged_earlier(way: str) -> None:
-    options = {**SGD, "beta": 1.0, "rho": 0.2, "gamma": 1.0, "sync_perturbation": True}
+@pytest.mark.parametrize(
+    ("way", "swp"), [("step", {"beta": 1.0, "rho": 0.2}), ("closure", {"beta": 1.0, "rho": 0.2}), ("closure", TENSOR)]
+)
+def test_a_first_pass_that_is_to_be_averaged_may_be_averaged_earlier(way: str, swp: dict[str, Any]) -> None:
+    options = {**SGD, **swp, "gamma": 1.0, "sync_perturbation": True}
     got = run_ranks(_steps_after_looks, way, options)
     del options["sync_perturbation"]
     assert_same(got, train_alone(options, 3))
