@@ -32,6 +32,8 @@ class Mode:
     only_normalization: bool = False
     gamma_warmup: float | None = None
     """The share of the training in which gamma falls from 1."""
+    rho_warmup: float | None = None
+    """The share of the training in which rho grows from 0."""
     start: float | None = None
     """The share of the training after which rho is above 0."""
     sharpness_share: float = 1.0
@@ -59,6 +61,8 @@ class Mode:
         if self.gamma_warmup is not None:
             end = self.settings["gamma"]
             schedules.append(LinearSchedule(optimizer, "gamma", 1.0, end, round(self.gamma_warmup * steps)))
+        if self.rho_warmup is not None:
+            schedules.append(LinearSchedule(optimizer, "rho", 0.0, rho, max(1, round(self.rho_warmup * steps))))
         if self.start is not None:
             schedules.append(PhaseSchedule(optimizer, "rho", rho, start=round(self.start * steps)))
         return optimizer, schedules
@@ -177,6 +181,13 @@ MODES: tuple[Mode, ...] = (
         start=0.7,
     ),
     Mode("momentum", "along the momentum", MOMENTUM_RADII, {"ascent": "momentum"}),
+    Mode(
+        "momentum-warm",
+        "along the momentum, radius from 0 in the first tenth",
+        MOMENTUM_RADII,
+        {"ascent": "momentum"},
+        rho_warmup=0.1,
+    ),
     Mode("momentum-adaptive", "along the momentum, adaptive", MOMENTUM_RADII, {"ascent": "momentum", "adaptive": True}),
     Mode(
         "momentum-norm",

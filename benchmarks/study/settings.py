@@ -45,8 +45,8 @@ class Setting:
 
 # Every mode takes as many trainings as the others: 56 to search, and two for each seed of the report. So the settings
 # whose trainings take half a minute or more compare few modes; the digits, at 3 seconds a training, nearly all.
-_FEW = ("sgd", "sam", "esam", "sam-quarter", "momentum")
-_RANKINGS = (*_FEW, "first-order", "random", "sharp-quarter")
+_FEW = ("sgd", "sam", "esam", "sam-quarter", "momentum-warm")
+_RANKINGS = (*_FEW, "momentum", "first-order", "random", "sharp-quarter")
 _MORE_PARTS = ("sam-three-eighths", "sharp-three-eighths")
 
 

@@ -67,6 +67,24 @@ def test_pass_1_on_a_part_is_a_setting_of_the_optimizer():
         assert (optimizer.ascent_share, optimizer.relative_cost) == (share, 1.0 + share)
 
 
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [
+        ("momentum-warm", [0.0, 0.15, 0.3, 0.3, 0.3]),
+        ("esam-warm", [1.0, 0.95, 0.9, 0.5, 0.5]),
+        ("sam-last", [0.0, 0.0, 0.0, 0.0, 0.3]),
+    ],
+)
+def test_a_schedule_follows_its_share_of_the_training(mode, values):
+    settings = {"rho": 0.3, "seed": 0, "steps": 100, "lr": 0.1, "momentum": 0.9}
+    _, (schedule,) = MODES[mode].optimizer(torch.nn.Linear(2, 2), **settings)
+    found = []
+    for _ in range(101):
+        found.append(schedule.get_last_value())
+        schedule.step()
+    assert [found[step] for step in (0, 5, 10, 50, 100)] == pytest.approx(values)
+
+
 def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, capsys):
     arguments = [
         "--scale",
