@@ -164,22 +164,7 @@ MODES: tuple[Mode, ...] = (
     ),
     Mode("sharp-quarter", "SAM, sharpness of a quarter of the batch", RADII, sharpness_share=0.25),
     Mode("sharp-three-eighths", "SAM, sharpness of three eighths of the batch", RADII, sharpness_share=0.375),
-    Mode(
-        "norm-sharp-quarter",
-        "normalization only, sharpness of a quarter of the batch",
-        NORMALIZATION_RADII,
-        sharpness_share=0.25,
-        only_normalization=True,
-    ),
     Mode("sam-last", "SAM in the last 30 %", RADII, start=0.7),
-    Mode(
-        "norm-random-last",
-        "normalization only, random half, in the last 30 %",
-        NORMALIZATION_RADII,
-        _half(ranking="random"),
-        only_normalization=True,
-        start=0.7,
-    ),
     Mode("momentum", "along the momentum", MOMENTUM_RADII, {"ascent": "momentum"}),
     Mode(
         "momentum-warm",
