@@ -26,12 +26,12 @@ def _check_parallel(name: str, tensors: list[Tensor], params: list[Tensor]) -> N
     for i, (tensor, param) in enumerate(zip(tensors, params)):
         check(
             are_alike([tensor], [param]),
-            lambda: f"{name}[{i}] ({_lie(tensor)}) does not match params[{i}] ({_lie(param)})",
+            lambda: f"{name}[{i}] ({in_memory(tensor)}) does not match params[{i}] ({in_memory(param)})",
         )
         check_memory(**{f"{name}[{i}]": tensor, f"params[{i}]": param})
 
 
-def _lie(tensor: Tensor) -> str:
+def in_memory(tensor: Tensor) -> str:
     """How a tensor lies in memory, for a message."""
     strides = f", strides {tensor.stride()}" if tensor.layout == torch.strided else f", {tensor.layout}"
     return f"{tensor.dtype} on {tensor.device}, shape {tuple(tensor.shape)}{strides}"

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from esam_kernels import backends, distributed, logs, ops
 from esam_kernels.device_numbers import DeviceNumbers, is_capturing
+from esam_kernels.ops.perturbation import in_memory
 from esam_kernels.perturbation.ascent import ASCENTS
 from esam_kernels.perturbation.draw import TensorDraw, bound
 from esam_kernels.perturbation.fused_update import (
@@ -97,6 +98,23 @@ class StochasticWeightPerturbation:
                 "the parameters in the groups have changed since first_step: change them between steps, or call "
                 "restore() first"
             )
+
+    def check_places(self) -> None:
+        """Refuse to put the old weights where they do not fit any more.
+
+        Raises:
+            RuntimeError: one has another dtype, device or shape than at ``first_step``. Nothing is changed then.
+        """
+        if are_alike(self._backups, self._perturbed):
+            return
+        for backup, param in zip(self._backups, self._perturbed):
+            if not are_alike([backup], [param]):
+                i = next(i for i, own in enumerate(self.params) if own is param)
+                raise RuntimeError(
+                    f"parameter {i} has changed since first_step: it was {in_memory(backup)}, and is "
+                    f"{in_memory(param)} now. Change it back, then call restore(), which puts the old weights back: "
+                    "convert or move a model between steps"
+                )
 
     @property
     def _operators(self) -> ModuleType:

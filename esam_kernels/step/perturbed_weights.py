@@ -45,7 +45,12 @@ class PerturbedWeights:
             self._buffers.remember()
 
     def restore(self) -> None:
-        """w + e -> w."""
+        """w + e -> w.
+
+        Raises:
+            RuntimeError: parameters of another dtype, device or shape. The weights are still perturbed then.
+        """
+        self._perturbation.check_places()
         self._close()
         self._perturbation.restore()
         torch.clear_autocast_cache()
@@ -54,10 +59,11 @@ class PerturbedWeights:
         """w + e -> w, and the base optimizer's step.
 
         Raises:
-            RuntimeError: sparse gradients, or other parameters in the groups than were perturbed. The weights are still
-                perturbed then.
+            RuntimeError: sparse gradients, other parameters in the groups than were perturbed, or of another dtype,
+                device or shape. The weights are still perturbed then.
         """
         self._perturbation.check_parameters()
+        self._perturbation.check_places()
         self._perturbation.check_gradients(may_lack=True)
         self._close()
         self._perturbation.restore_and_update()

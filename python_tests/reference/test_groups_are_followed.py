@@ -254,6 +254,27 @@ def test_parameters_that_change_between_the_phases_are_refused_and_the_weights_c
     assert oracles.same_bits(before, params)
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("end", ["second_step", "step", "restore"])
+def test_a_model_that_is_converted_between_the_phases_is_refused_and_nothing_is_lost(end, base):
+    model = nn.Sequential(nn.BatchNorm1d(oracles.batch()[0].shape[1]), oracles.mlp())
+    optimizer = SAM(model.parameters(), base, lr=0.1, rho=RHO, model=model)
+    before, params = oracles.weights_of(model), list(model.parameters())
+    loss_of(model).backward()
+    optimizer.first_step(zero_grad=True)
+    statistics = model[0].running_mean.clone()
+    loss_of(model).backward()
+    model.to(torch.float64)
+    with pytest.raises(RuntimeError, match=r"parameter 0 has .* was torch.float32 on cpu, .* is torch.float64,"):
+        getattr(optimizer, end)()
+    model.to(torch.float32)
+    loss_of(model)
+    optimizer.restore()
+    assert oracles.same_bits(before, params)
+    assert torch.equal(model[0].running_mean, statistics)
+    by_batch(model, optimizer)
+
+
 # -- rho and adaptive --------------------------------------------------------------------------------------------------
 
 
