@@ -20,6 +20,7 @@ from esam_kernels.backends.reference import compute_dtype
 from esam_kernels.batches import batch_size, losses_and_rest, split
 from esam_kernels.optimizer import ESAM
 from esam_kernels.perturbation.flat_buffer import is_dense, owners
+from esam_kernels.ranking.head import unrecorded
 from esam_kernels.selection import gather
 from esam_kernels.step.phases import needs_gradients
 from esam_kernels.step.replay import RandomState, is_writable
@@ -79,6 +80,7 @@ class Probe:
             parallelism = distributed.Parallelism(self._model)
             stack.enter_context(parallelism.without_synchronization())
             stack.enter_context(parallelism.unreduced())
+            stack.enter_context(unrecorded(self._model))
             self._remember()
             self._outside = stack.pop_all()
         return self

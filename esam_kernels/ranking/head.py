@@ -200,6 +200,20 @@ class HeadRecorder:
         )
 
 
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Around forwards and backwards that are no part of a step: no optimizer records its head in them."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, _Hook)]
+    recorders = [recorder for hook in hooks if (recorder := hook.recorder()) is not None and recorder.is_listening]
+    for recorder in recorders:
+        recorder.is_listening = False
+    try:
+        yield
+    finally:
+        for recorder in recorders:
+            recorder.is_listening = True
+
+
 class _Hook:
     """The forward hook. It may be copied and pickled with its layer: the copy belongs to no recorder, and does nothing.
 
@@ -207,7 +221,7 @@ class _Hook:
     """
 
     def __init__(self, recorder: HeadRecorder | None) -> None:
-        self._recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
+        self.recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
         # Not a decorator: torch.compiler.disable imports torch._dynamo, which takes a second.
         self._record = _nothing if recorder is None else torch.compiler.disable(self._call_recorder, **_why())
 
@@ -215,7 +229,7 @@ class _Hook:
         self._record(args[0] if args else kwargs.get("input"), output)
 
     def _call_recorder(self, inputs: Any, output: Any) -> None:
-        recorder = self._recorder()
+        recorder = self.recorder()
         if recorder is not None:
             recorder.after_forward(inputs, output)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from esam_kernels import ESAM
+from esam_kernels import ESAM, diagnostics
 
 
 def build(network=None, **kwargs):
@@ -124,6 +124,23 @@ def test_a_loss_differentiated_between_the_steps_has_no_part_in_the_ranking():
     for _ in range(2):
         (-losses(*oracles.batch(seed=7)).mean()).backward()
     assert chosen_by(optimizer, losses, *batch) == wanted
+
+
+@pytest.mark.parametrize("measure", [diagnostics.sharpness, diagnostics.ranking_agreement])
+@pytest.mark.parametrize("is_in_pass_1", [False, True])
+def test_a_measurement_has_no_part_in_the_ranking_however_pass_1_is_started(measure, is_in_pass_1):
+    model, optimizer = build()
+    losses, batch = oracles.losses_of(model), oracles.batch(16)
+    expected = chosen_by(optimizer, losses, *batch)
+    before = losses(*batch)
+    if is_in_pass_1:
+        before.mean().backward()
+    measure(optimizer if measure is diagnostics.ranking_agreement else model, losses, *batch)
+    if not is_in_pass_1:
+        before = losses(*batch)
+        before.mean().backward()
+    optimizer.first_step(zero_grad=True)
+    assert optimizer.select(before, None, torch.arange(16)).tolist() == expected
 
 
 def test_a_retained_graph_that_is_differentiated_twice_counts_once():
