@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,26 @@ import torch
 from data import UserError
 
 FILE = "checkpoint.pt"
+LOCK = "checkpoint.lock"
+
+
+@contextlib.contextmanager
+def alone_in(directory: str) -> Iterator[None]:
+    """Inside, no other training that asks for it gets ``directory``.
+
+    The operating system ends this with the process, however that ends; data-loading workers do not inherit it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.lockf(stack.enter_context((Path(directory) / LOCK).open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{directory} is in use: another training that is running saves its state there. Wait for its end, or "
+                "name another directory"
+            ) from None
+        except OSError:  # no such directory, or a network file system without locks
+            pass
+        yield
 
 
 def save_checkpoint(directory: str, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ With options but no --recipe, the defaults below are taken in place of those of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from checkpoint import FILE, load_checkpoint, save_checkpoint
+from checkpoint import FILE, alone_in, load_checkpoint, save_checkpoint
 from data import DATA_SETS, DataSet, UserError, load, with_label_noise
 from learning_rate import SCHEDULES
 from models import MODELS, needs_two_images
@@ -317,7 +318,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(given or ["--recipe", "demo"])
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        report(options, train(options))
+        if options.checkpoint and not options.resume:
+            Path(options.checkpoint).mkdir(parents=True, exist_ok=True)
+        with alone_in(options.checkpoint) if options.checkpoint else contextlib.nullcontext():
+            report(options, train(options))
     except (UserError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

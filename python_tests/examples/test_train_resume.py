@@ -1,5 +1,7 @@
 """Stopping and resuming: the same bits as an undisturbed run, however it was stopped."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -93,6 +95,26 @@ def start(directory):
     while not (directory / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return process
+
+
+def test_a_second_training_with_the_same_checkpoint_stops_at_once(tmp_path, capsys):
+    process = start(tmp_path)
+    for arguments in [], ["--resume"]:
+        assert train.main(program(tmp_path, *arguments)) == 2
+        err = capsys.readouterr().err
+        assert f"{tmp_path} is in use: another training that is running saves its state there" in err
+        assert err.count("\n") == 1
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_file_system_without_locks_is_no_error(tiny, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert train.main(program(tmp_path, options=tiny)) == 0
 
 
 def test_killed_run_continues_bit_for_bit(undisturbed, tmp_path):
