@@ -9,6 +9,7 @@ Memory that somebody else may use stays where it is: see :func:`why_they_stay`.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,8 @@ def why_not_all_flattenable(params: Sequence[Tensor]) -> str | None:
 
 # The storages of all parts of flat buffers, by their address: a parameter that lies in one is in its place.
 _PARTS: dict[int, StorageWeakRef] = {}
+# Held while they are noted: two threads may build optimizers at once.
+_NOTES_PARTS = threading.Lock()
 
 
 def _is_part(storage: int) -> bool:
@@ -130,11 +133,12 @@ def _is_part(storage: int) -> bool:
 
 
 def _note_parts(parts: Sequence[Tensor]) -> None:
-    for key in [key for key, reference in _PARTS.items() if reference.expired()]:
-        del _PARTS[key]
-    for part in parts:
-        storage = part.untyped_storage()
-        _PARTS[storage._cdata] = StorageWeakRef(storage)
+    with _NOTES_PARTS:
+        for key in [key for key, reference in _PARTS.items() if reference.expired()]:
+            del _PARTS[key]
+        for part in parts:
+            storage = part.untyped_storage()
+            _PARTS[storage._cdata] = StorageWeakRef(storage)
 
 
 def _with_its_own_storage(buffer: Tensor, offset: int, numel: int) -> Tensor:
