@@ -9,8 +9,9 @@ Each sets its value when it is built and at every ``step()``, and has ``state_di
 ``step()`` where the learning rate's scheduler is called: after the optimizer's step, once a batch or once an epoch.
 
 A group whose own rho is 0 has no part in the perturbation (see :func:`esam_kernels.normalization_groups`), and a
-schedule of rho leaves it at 0. Its own rho is what it has when the first schedule of rho is built, noted in the group
-as ``initial_rho``. Where that is 0 in all groups, the schedule sets all.
+schedule of rho leaves it at 0. Its own rho is what it has when the first schedule of rho is built, or at the next
+``step()`` after it was added; it is noted in the group as ``initial_rho``. Where that is 0 in all groups, the schedule
+sets all.
 """
 
 from __future__ import annotations
@@ -46,8 +47,6 @@ class Schedule:
         self.optimizer = optimizer
         self.name = name
         self.last_epoch = 0
-        # By group, whether a schedule of rho sets it.
-        self.takes_part: list[bool] = []
         self._apply()
 
     def value(self) -> float:
@@ -81,26 +80,19 @@ class Schedule:
                 f"state_dict is that of another schedule: it is {of}{lacks}, and this is a {type(self).__name__} of "
                 f"{self.name!r}. Load what this schedule's own state_dict() returned"
             )
-        self.__dict__.update(state_dict)
+        self.__dict__.update({key: state_dict[key] for key in self.state_dict()})
         self._apply()
 
     def _apply(self) -> None:
         self._last_value = self.value()
         if self.name == "rho":
             self.optimizer._follow()
-            self._find_new_groups()
-            for group, takes_part in zip(self.optimizer.param_groups, self.takes_part):
-                group["rho"] = self._last_value if takes_part else 0.0
+            groups = self.optimizer.param_groups
+            own = [group.setdefault("initial_rho", group["rho"]) for group in groups]
+            for group, rho in zip(groups, own):
+                group["rho"] = self._last_value if rho > 0.0 or not any(own) else 0.0
         else:
             setattr(self.optimizer, self.name, self._last_value)
-
-    def _find_new_groups(self) -> None:
-        """Also those that were added since the last step."""
-        groups = self.optimizer.param_groups
-        own = [group.setdefault("initial_rho", group["rho"]) for group in groups]
-        new = own[len(self.takes_part) :]
-        # Another list: a state that was saved holds the one there was.
-        self.takes_part = self.takes_part + [rho > 0.0 or not any(own) for rho in new]
 
 
 class ConstantSchedule(Schedule):
@@ -206,7 +198,7 @@ class RhoProportionalToLR(Schedule):
 
     Raises:
         TypeError: ``optimizer`` is no ESAM or SAM.
-        ValueError: a learning rate that starts at 0.
+        ValueError: a learning rate that starts at 0; at ``step()``, fewer groups than before.
     """
 
     def __init__(self, optimizer: ESAM) -> None:
@@ -220,6 +212,11 @@ class RhoProportionalToLR(Schedule):
 
     def _apply(self) -> None:
         self.optimizer._follow()
+        if len(self.optimizer.param_groups) < len(self.ratios):
+            raise ValueError(
+                "a parameter group was taken out since this schedule was built: build RhoProportionalToLR anew, which "
+                "takes the ratios of rho to lr that the groups have now"
+            )
         new = self.optimizer.param_groups[len(self.ratios) :]
         rates = [float(group["lr"]) for group in new]
         if not all(rate > 0.0 for rate in rates):

@@ -145,6 +145,25 @@ def test_a_group_that_is_added_during_a_schedule_takes_part_by_its_own_rho():
     assert radii(optimizer) == [0.3, 0.0, 0.0, 0.3]
 
 
+def test_the_other_groups_keep_their_own_rho_where_one_is_taken_out():
+    params = list(oracles.mlp().parameters())
+    groups = [{"params": params[:2]}, {"params": params[2:4], "rho": 0.0}, {"params": params[4:]}]
+    optimizer = SAM(groups, torch.optim.SGD, lr=0.1)
+    schedule = PhaseSchedule(optimizer, "rho", 0.3, start=1)
+    del optimizer.param_groups[1]
+    schedule.step()
+    assert radii(optimizer) == [0.3, 0.3]
+
+
+def test_the_groups_keep_their_own_rho_where_the_state_of_a_plain_optimizer_is_loaded():
+    optimizer = two_groups()
+    schedule = PhaseSchedule(optimizer, "rho", 0.3, start=1)
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    optimizer.load_state_dict(torch.optim.SGD(groups, lr=0.1).state_dict())
+    schedule.step()
+    assert radii(optimizer) == [0.3, 0.0]
+
+
 def test_rho_is_set_in_every_group_and_used_by_the_next_step():
     model = oracles.mlp()
     params = list(model.parameters())
@@ -209,6 +228,18 @@ def test_rho_follows_the_learning_rate_of_a_group_that_is_added_later():
     optimizer.param_groups[1]["lr"] /= 3
     resumed.step()
     assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.0])
+
+
+def test_rho_cannot_follow_the_learning_rate_of_a_group_that_is_gone():
+    optimizer = two_groups(0.5, 0.25)
+    schedule = RhoProportionalToLR(optimizer)
+    del optimizer.param_groups[0]
+    with pytest.raises(ValueError, match="taken out since this schedule was built: build RhoProportionalToLR anew"):
+        schedule.step()
+    optimizer.param_groups[0]["lr"] /= 2
+    optimizer.param_groups[0]["rho"] /= 2
+    RhoProportionalToLR(optimizer).step()
+    assert radii(optimizer) == [0.125]
 
 
 def test_a_saved_state_is_not_changed_by_the_schedule_that_it_was_saved_from():
