@@ -1,4 +1,4 @@
-"""Contract point 12: batches and losses that cannot be are refused with what was wrong, and nothing is changed."""
+"""Contract point 15: batches and losses that cannot be are refused with what was wrong, and nothing is changed."""
 
 import warnings
 

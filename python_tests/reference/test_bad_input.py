@@ -1,4 +1,4 @@
-"""Contract point 12: bad input is refused at once, with what was wrong, and nothing is changed by it."""
+"""Contract point 15: bad input is refused at once, with what was wrong, and nothing is changed by it."""
 
 import copy
 import functools
