@@ -335,20 +335,25 @@ class Phases:
     def second_step(self) -> None:
         """w + e -> w, and the base optimizer's update."""
         self.require(perturbed=True, call="second_step")
-        self.weights.update()
-        self._listen(True)
+        self._restore_and_update()
         self.end()
 
     @torch.no_grad()
     def update(self) -> None:
         """The base optimizer's update, and w + e -> w before it where the weights are perturbed."""
         if self.weights.is_open:
-            self.weights.update()
-            self._listen(True)
+            self._restore_and_update()
         else:
             self.perturbation.check_gradients(may_lack=True)
             self.perturbation.update()
         self.end()
+
+    def _restore_and_update(self) -> None:
+        try:
+            self.weights.update()
+        finally:
+            if not self.weights.is_open:  # also where the weights are back, and the base optimizer's own step raised
+                self._listen(True)
 
     def end(self) -> None:
         """The update is done, or was skipped by a GradScaler."""

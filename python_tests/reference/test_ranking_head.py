@@ -189,6 +189,25 @@ def test_a_step_after_one_that_raised_ranks_its_own_batch_alone():
     assert chosen_by(optimizer, losses, *batch) == chosen_by(its, oracles.losses_of(fresh), *batch)
 
 
+@pytest.mark.parametrize("in_phases", [False, True])
+def test_a_step_after_an_update_that_raised_ranks_its_own_batch(in_phases):
+    model, optimizer = build()
+    losses, batch, other = oracles.losses_of(model), oracles.batch(16), oracles.batch(16, seed=3)
+    expected = chosen_by(optimizer, losses, *batch)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = optimizer.base_optimizer.register_step_pre_hook(interrupt)
+    if in_phases:
+        losses(*other).mean().backward()
+        optimizer.first_step()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.second_step() if in_phases else optimizer.step(losses, *other)
+    handle.remove()
+    assert chosen_by(optimizer, losses, *batch) == expected
+
+
 def test_a_pass_1_that_raised_does_not_count():
     model, optimizer = build(beta=1.0)
     batch, losses = oracles.batch(), oracles.losses_of(model)
