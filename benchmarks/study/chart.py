@@ -30,7 +30,7 @@ STRONG = {
     "sam": "black",
     "sam-quarter": "crimson",
     "esam": "royalblue",
-    "momentum": "darkorange",
+    "momentum-warm": "darkorange",
 }
 SHOWN = [mode for mode in MODES if mode.is_in_package]
 
