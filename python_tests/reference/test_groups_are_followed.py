@@ -265,7 +265,7 @@ def test_a_model_that_is_converted_between_the_phases_is_refused_and_nothing_is_
     statistics = model[0].running_mean.clone()
     loss_of(model).backward()
     model.to(torch.float64)
-    with pytest.raises(RuntimeError, match=r"parameter 0 has .* was torch.float32 on cpu, .* is torch.float64,"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 has .* was torch.float32 on cpu, .* is torch.float64 on cpu,"):
         getattr(optimizer, end)()
     model.to(torch.float32)
     loss_of(model)
