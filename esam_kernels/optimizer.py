@@ -499,8 +499,8 @@ class ESAM(Optimizer):
             zero_grad: drop the gradients afterwards (set them to None).
 
         Raises:
-            RuntimeError: no ``first_step`` before, sparse gradients, or parameters that have another dtype, device or
-                shape since. The weights are still perturbed then.
+            RuntimeError: no ``first_step`` before, sparse gradients, or parameters that have another dtype, device,
+                shape or strides since. The weights are still perturbed then.
         """
         self._phases.require(perturbed=True, call="second_step")
         self._phases.second_step()
@@ -514,8 +514,8 @@ class ESAM(Optimizer):
         The next ``first_step`` draws anew, as after ``second_step``.
 
         Raises:
-            RuntimeError: parameters have another dtype, device or shape since. The old weights are kept: change the
-                parameters back, and call this again.
+            RuntimeError: parameters have another dtype, device, shape or strides since. The old weights are kept:
+                change the parameters back, and call this again.
         """
         self._phases.restore()
 

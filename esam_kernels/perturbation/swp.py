@@ -103,7 +103,8 @@ class StochasticWeightPerturbation:
         """Refuse to put the old weights where they do not fit any more.
 
         Raises:
-            RuntimeError: one has another dtype, device or shape than at ``first_step``. Nothing is changed then.
+            RuntimeError: a parameter has another dtype, device, shape or strides than at ``first_step``. Nothing is
+                changed then.
         """
         if are_alike(self._backups, self._perturbed):
             return

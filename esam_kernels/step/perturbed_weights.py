@@ -48,7 +48,7 @@ class PerturbedWeights:
         """w + e -> w.
 
         Raises:
-            RuntimeError: parameters of another dtype, device or shape. The weights are still perturbed then.
+            RuntimeError: parameters of another dtype, device, shape or strides. The weights are still perturbed then.
         """
         self._perturbation.check_places()
         self._close()
@@ -60,7 +60,7 @@ class PerturbedWeights:
 
         Raises:
             RuntimeError: sparse gradients, other parameters in the groups than were perturbed, or of another dtype,
-                device or shape. The weights are still perturbed then.
+                device, shape or strides. The weights are still perturbed then.
         """
         self._perturbation.check_parameters()
         self._perturbation.check_places()

@@ -28,24 +28,22 @@ def namespace() -> dict:
 
 
 def test_snippets_take_a_step_for_each_batch(namespace):
-    assert len(SNIPPETS) == 5
-    epochs = [
-        optimizer.state_dict()["esam"]["step"] / len(namespace["loader"]) for optimizer in namespace["optimizers"]
-    ]
-    assert epochs == [3, 2, 2]
+    assert len(SNIPPETS) == 4
+    first, second = namespace["optimizers"]
+    assert first.state_dict()["esam"]["step"] == 4 * len(namespace["loader"])
+    assert second.state_dict()["esam"]["step"] == 2 * len(namespace["loader"])
 
 
 def test_the_radius_grows_over_a_tenth_of_the_steps(namespace):
-    radius, optimizer = namespace["radius"], namespace["optimizers"][1]
-    steps = 2 * len(namespace["loader"])
-    assert (radius.start, radius.end, radius.total_iters) == (0.0, DEFAULT_RHO["momentum"], max(1, steps // 10))
+    radius, optimizer = namespace["radius"], namespace["optimizers"][0]
+    assert (radius.start, radius.end, radius.total_iters) == (0.0, DEFAULT_RHO["momentum"], 1)
     assert "total_iters=max(1, total_steps // 10))" in TEXT  # the page's loader is too short to tell
-    assert radius.last_epoch == steps
+    assert radius.last_epoch == 2 * len(namespace["loader"])
     assert optimizer.param_groups[0]["rho"] == DEFAULT_RHO["momentum"]
 
 
 def test_the_perturbation_begins_after_the_warm_up_and_the_memory_of_the_momentum(namespace):
-    optimizer = namespace["optimizers"][2]
+    _, optimizer = namespace["optimizers"]
     phase = namespace["phase"]
     assert phase.start == 4 < phase.last_epoch
     assert optimizer.param_groups[0]["rho"] == DEFAULT_RHO_ADAPTIVE["momentum"]
