@@ -27,6 +27,7 @@ SHORT = {
     "sgd": "SGD",
     "sam": "SAM",
     "sam-quarter": "`ascent_share=0.25`",
+    "momentum-warm": '`ascent="momentum"`',
     "esam": "ESAM",
     "first-order": '`ranking="first_order"`',
     "random": '`ranking="random"`',
