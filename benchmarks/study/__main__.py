@@ -1,7 +1,7 @@
 """Which mode, for whom, at which price: ``python -m benchmarks.study [run | report]``.
 
 ``run`` trains what is missing, and saves each training when it is finished: the same command goes on where an earlier
-one was stopped. ``report`` writes docs/study.md and its chart from the rows (with --check: says whether the page is as
+one was stopped. ``report`` writes docs/study.md and its charts from the rows (with --check: says whether the page is as
 the rows have it). Exit code 3: stopped by --minutes, or interrupted, before all was trained.
 """
 

@@ -1,6 +1,6 @@
-"""The chart of the study: test accuracy against the counted cost of a step, a panel for each setting.
+"""The charts of the study: test accuracy against the counted cost of a step, a panel for each setting.
 
-It shows the modes that the package has.
+They show modes that the package has: one chart all of them, the other a few.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,19 @@ def kind(mode: Mode) -> str:
     return "drawn" if mode.settings.get("beta", 1.0) < 1.0 else "whole"
 
 
-def digest(summary: Summary) -> str:
+def digest(summary: Summary, modes: Sequence[Mode]) -> str:
     """What tells the charts of different rows apart; the chart carries it."""
     points = [
         (setting.title, mode.text, f"{result.cost:.3f} {result.mean:.3f} {result.error:.3f}")
         for setting in summary.settings
-        for mode in MODES
+        for mode in modes
         if (result := summary.result(setting.name, mode.name)) is not None
     ]
     return hashlib.sha256(repr(points).encode()).hexdigest()[:16]
 
 
-def draw(summary: Summary, path: Path) -> None:
-    """Write the chart; nothing where no setting is complete.
+def draw(summary: Summary, path: Path, modes: Sequence[Mode] = SHOWN) -> None:
+    """Write the chart of these modes; nothing where no setting is complete.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -76,13 +77,13 @@ def draw(summary: Summary, path: Path) -> None:
     columns = min(COLUMNS, len(settings))
     lines = math.ceil(len(settings) / columns)
     figure, axes = pyplot.subplots(
-        lines, columns, squeeze=False, figsize=(3.3 * columns, 2.7 * lines), layout="constrained"
+        lines, columns, squeeze=False, figsize=(3.3 * columns, 2.4 * lines), layout="constrained"
     )
     try:
         colors = pyplot.get_cmap("tab20").colors
         handles: dict[str, Any] = {}
         for setting, axis in zip(settings, axes.flat):
-            _panel(summary, setting, axis, colors, handles)
+            _panel(summary, setting, modes, axis, colors, handles)
         for axis in axes.flat[len(settings) :]:
             axis.set_axis_off()
         figure.supxlabel("price of a step, in steps of SGD")
@@ -93,14 +94,16 @@ def draw(summary: Summary, path: Path) -> None:
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, dpi=150, format="png", metadata={"Description": digest(summary)})
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Description": digest(summary, modes)})
         temporary.replace(path)
     finally:
         pyplot.close(figure)
 
 
-def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: dict[str, Any]) -> None:
-    for number, mode in enumerate(SHOWN):
+def _panel(
+    summary: Summary, setting: Setting, modes: Sequence[Mode], axis: Any, colors: Any, handles: dict[str, Any]
+) -> None:
+    for mode in modes:
         result = summary.result(setting.name, mode.name)
         if result is None:
             continue
@@ -109,7 +112,7 @@ def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: 
             result.mean,
             yerr=result.error,
             fmt=MARKERS[kind(mode)],
-            color=STRONG.get(mode.name, colors[number % len(colors)]),
+            color=STRONG.get(mode.name, colors[SHOWN.index(mode) % len(colors)]),
             markersize=9 if mode.name in STRONG else 6,
             capsize=2,
         )
@@ -117,7 +120,7 @@ def _panel(summary: Summary, setting: Setting, axis: Any, colors: Any, handles: 
     sgd = summary.result(setting.name, "sgd")
     if sgd is not None:
         axis.axhline(sgd.mean, color="#999999", linewidth=0.8, linestyle="--")
-    axis.set_title(textwrap.fill(setting.title, 30), fontsize=11)
+    axis.set_title(textwrap.fill(setting.title, 34), fontsize=10.5)
     axis.set_xlim(0.9, 2.1)
     low, high = axis.get_ylim()
     margin = max(0.0, LEAST_HEIGHT - (high - low)) / 2.0

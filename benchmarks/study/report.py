@@ -1,4 +1,4 @@
-"""The pages that show the study, and its chart, from the rows: what stands between the marks is written anew."""
+"""The pages that show the study, and its charts, from the rows: what stands between the marks is written anew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 
 from benchmarks.paper.store import write
 from benchmarks.study import chart
-from benchmarks.study.modes import MODES
+from benchmarks.study.modes import MODES, Mode
 from benchmarks.study.plan import counts
 from benchmarks.study.rows import Rows
 from benchmarks.study.settings import BY_NAME, SETTINGS, Setting
@@ -18,11 +18,10 @@ from benchmarks.study.summary import Result, Summary
 
 PAGE = Path("docs") / "study.md"
 PAGES = (PAGE, Path("docs") / "which_mode.md", Path("README.md"))
-CHART = Path("benchmarks") / "results" / "study" / "cost_and_accuracy.png"
 # The mode that README and site name first.
 RECOMMENDED = "sam-quarter"
 RECOMMENDED_CODE = "SAM(..., ascent_share=0.25)"
-# What README's table shows, and what it calls it.
+# What README's table and chart show, and what the table calls it.
 SHORT = {
     "sgd": "SGD",
     "sam": "SAM",
@@ -32,23 +31,30 @@ SHORT = {
     "first-order": '`ranking="first_order"`',
     "random": '`ranking="random"`',
 }
+FOLDER = Path("benchmarks") / "results" / "study"
+CHARTS: dict[Path, list[Mode]] = {
+    FOLDER / "cost_and_accuracy.png": [mode for mode in MODES if mode.name in SHORT],
+    FOLDER / "all_modes.png": chart.SHOWN,
+}
 BLOCK = re.compile(r"(<!-- modes:(?P<what>[a-z]+) -->\n).*?(<!-- /modes -->)", re.DOTALL)
 
 
 def update(rows: Rows, root: Path, check: bool = False) -> int:
-    """Write the pages and the chart, or with ``check`` only compare them. 1 where they differ."""
+    """Write the pages and the charts, or with ``check`` only compare them. 1 where they differ."""
     summary = Summary(rows)
     texts = {root / page: rendered((root / page).read_text(), summary, rows) for page in PAGES}
     if check:
         differ = [page for page, text in texts.items() if page.read_text() != text]
-        if summary.settings and chart.digest(summary).encode() not in (root / CHART).read_bytes():
-            differ.append(root / CHART)
+        for path, modes in CHARTS.items():
+            if summary.settings and chart.digest(summary, modes).encode() not in (root / path).read_bytes():
+                differ.append(root / path)
         for path in differ:
             print(f"{path} differs from the rows: python -m benchmarks.study report", file=sys.stderr)
         return 1 if differ else 0
     for page, text in texts.items():
         write(page, text)
-    chart.draw(summary, root / CHART)
+    for path, modes in CHARTS.items():
+        chart.draw(summary, root / path, modes)
     return 0
 
 

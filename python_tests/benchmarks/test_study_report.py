@@ -7,6 +7,7 @@ import pytest
 from benchmarks.paper import ROOT
 from benchmarks.rows import RESULTS
 from benchmarks.study import chart, report
+from benchmarks.study.modes import MODES
 from benchmarks.study.rows import Rows, Unit
 from benchmarks.study.settings import BY_NAME as SETTINGS_BY_NAME
 from benchmarks.study.summary import Difference, Summary
@@ -121,8 +122,16 @@ def test_the_chart_shows_what_was_measured_of_the_packages_modes(tmp_path, monke
     summary = summary_of(
         tmp_path, sgd=values, sam=values, esam=values, softened=values, sharp_quarter=values, norm_sharp_quarter=values
     )
-    chart.draw(summary, tmp_path / "chart.png")
-    assert legends == [{"SGD": ("black", "*"), "SAM": ("black", "o"), "ESAM, the paper's": ("royalblue", "D")}]
+    chart.draw(summary, tmp_path / "all.png")
+    chart.draw(summary, tmp_path / "few.png", [mode for mode in chart.SHOWN if mode.name in ("sgd", "esam")])
+    sgd, sam, esam = {"SGD": ("black", "*")}, {"SAM": ("black", "o")}, {"ESAM, the paper's": ("royalblue", "D")}
+    assert legends == [sgd | sam | esam, sgd | esam]
+
+
+def test_readmes_chart_shows_the_modes_of_its_table():
+    few, every = report.CHARTS.values()
+    assert [mode.name for mode in few] == sorted(report.SHORT, key=[mode.name for mode in MODES].index)
+    assert [mode.name for mode in every] == [mode.name for mode in MODES if mode.is_in_package]
 
 
 def test_pages_and_chart_are_what_the_rows_say(capsys):
@@ -142,5 +151,5 @@ def test_a_page_and_a_chart_of_other_rows_are_found(tmp_path, capsys):
     others = rows_of(tmp_path, sgd=[90.0] * 10, sam=[91.02] * 10)
     assert report.update(others, tmp_path, check=True) == 1
     found = capsys.readouterr().err
-    assert str(tmp_path / report.CHART) in found
+    assert all(str(tmp_path / path) in found for path in report.CHARTS)
     assert "README.md" not in found  # 91.02 is written as 91.0
