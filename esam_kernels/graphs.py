@@ -71,8 +71,8 @@ def make_graphed_step(optimizer: ESAM, closure: Callable[..., Any], *sample_batc
     tensor that a graph holds has moved (``load_state_dict``, ``model.to``), the step is captured again. A batch of
     another shape, dtype or memory format than ``sample_batch``, the last one of an epoch for example, runs eagerly.
 
-    The weights are, bit for bit, those of the eager steps with the same draws. With mask="tensor" the draws repeat
-    every ``DRAW_POOL`` steps. ``.grad`` says nothing between steps. This has not run on a GPU yet.
+    The weights are, bit for bit, those of the eager steps with the same draws. With mask="tensor" the draws of eight
+    steps are used in turn. ``.grad`` says nothing between steps. This has not run on a GPU yet.
 
     Args:
         optimizer: over parameters on one CUDA device. On the CPU the step runs eagerly, and one log line says so.

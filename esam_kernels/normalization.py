@@ -23,11 +23,13 @@ def normalization_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups in which only the normalization layers are perturbed.
 
-    >>> optimizer = ESAM(normalization_groups(model, rho=0.1), torch.optim.SGD, lr=0.1, model=model)
+    >>> groups = normalization_groups(model, rho=0.5)
+    >>> optimizer = SAM(groups, torch.optim.SGD, lr=0.1, ascent_share=0.25, model=model)
 
     Args:
         model: whose parameters are grouped.
-        rho: the radius of the normalization layers' weights and biases, finite and not negative.
+        rho: the radius of the normalization layers' weights and biases, finite and not negative. They are few, and take
+            a larger radius than all weights do.
         layers: classes that count as normalization layers beside torch's BatchNorm, SyncBatchNorm, InstanceNorm,
             LayerNorm, GroupNorm and RMSNorm, with their subclasses: RMSNorm layers of another library, for one.
 

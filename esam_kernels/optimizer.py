@@ -235,7 +235,7 @@ class ESAM(Optimizer):
         Passes over the model are counted: a forward is 1, a backward 2 (1 for the gradients of the inputs of each
         layer, 1 for those of the weights), so that the base optimizer's step is 3. ESAM at beta = 0.6 and gamma = 0.5
         makes 3 + beta + 3 gamma = 5.1 of them: 1.7. The shares of the batch are taken as they are set, before they are
-        rounded to samples.
+        rounded to samples. ``step(closure)``, which computes all gradients twice, costs 2 instead.
         """
         return relative_cost(self._phases)
 
@@ -571,16 +571,17 @@ class ESAM(Optimizer):
         >>> loss = optimizer.step(losses, inputs, targets)
 
         **step(losses, *batch)** is Algorithm 1. ``losses(*batch)`` returns one loss for each sample, shape (b,). It is
-        called on the batch, again on it under ``no_grad`` with the weights perturbed (unless gamma = 1), and on B+.
-        It may return a tuple, (losses, anything else). Gradients that are there before are dropped; those of the last
-        pass stay in ``.grad``. The exception is ascent="previous", which keeps them for the next step: ``.grad`` is
-        None then, unless something else holds the gradient.
+        called on the batch, again on it under ``no_grad`` with the weights perturbed (with ranking="rise" and gamma < 1
+        only), and on B+; with an ascent_share below 1 on that part of the batch, then on the whole. It may return a
+        tuple, (losses, anything else). Gradients that are there before are dropped; those of the last pass stay in
+        ``.grad``. The exception is ascent="previous", which keeps them for the next step: ``.grad`` is None then,
+        unless something else holds the gradient.
 
         **step(closure)** takes a function without arguments that computes loss and gradients, as torch's optimizers do,
         and calls it before and after the perturbation. If new gradients are there already (the convention of the common
         two-step SAM class), it is called after it only, unless it sets the gradients to zero itself.
-        ``first_gradients`` says which of the two is meant. The losses of single samples are not seen, so gamma has no
-        part in it.
+        ``first_gradients`` says which of the two is meant. Each call computes all gradients of the whole batch, so the
+        step costs what SAM's does, whatever beta and gamma are.
 
         **step()** after ``first_step`` is ``second_step``: that is how the loops of frameworks end a step, and how
         ``GradScaler.step(optimizer)`` does, which restores the weights where it skips the update. A closure, if one is

@@ -101,9 +101,10 @@ class ConstantSchedule(Schedule):
     >>> schedule = ConstantSchedule(optimizer, "gamma", 1.0, end=0.5, total_iters=100)
 
     Args:
+        optimizer, name: as for :class:`Schedule`.
         value: at first.
         end: afterwards; None keeps ``value`` for good.
-        total_iters: after how many steps it changes.
+        total_iters: after how many calls of ``step()`` it changes.
     """
 
     def __init__(
@@ -126,9 +127,10 @@ class LinearSchedule(Schedule):
     >>> schedule = LinearSchedule(optimizer, "gamma", 1.0, 0.5, total_iters=steps // 2)
 
     Args:
+        optimizer, name: as for :class:`Schedule`.
         start: at the beginning.
-        end: after ``total_iters`` steps.
-        total_iters: how many steps the change takes, >= 1.
+        end: after ``total_iters`` calls of ``step()``.
+        total_iters: how many calls of ``step()`` the change takes, >= 1.
     """
 
     def __init__(self, optimizer: ESAM, name: str, start: float, end: float, total_iters: int) -> None:
@@ -164,6 +166,7 @@ class PhaseSchedule(Schedule):
     >>> schedule = PhaseSchedule(optimizer, "rho", 0.05, start=steps * 7 // 10)
 
     Args:
+        optimizer: whose radius it is.
         name: "rho"; the other hyperparameters cannot be 0.
         value: within the phase.
         start: the first step of the phase, counted from 0, an integer >= 0.
