@@ -5,6 +5,7 @@ The state is kept where torch's optimizers keep it, under the same names, so tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -70,11 +71,22 @@ def has_hooks(base: Optimizer) -> bool:
 
 
 def _has_own_step(base: Optimizer) -> bool:
-    """Whether the user has put a ``step`` in the place of the class's; an LR scheduler's, which counts, is none."""
+    """Whether the user has put a ``step`` in the place of torch's; an LR scheduler's, which counts, is none."""
     step = vars(base).get("step")
     if step is not None and hasattr(step, "_wrapped_by_lr_sched"):
         step = step.__wrapped__
-    return step is not None and getattr(step, "__func__", step) is not type(base).step
+    is_replaced = step is not None and getattr(step, "__func__", step) is not type(base).step
+    return is_replaced or not _is_torchs(type(base).step)
+
+
+@functools.lru_cache(maxsize=8)  # asked at every step
+def _is_torchs(step: Callable[..., Any] | None) -> bool:
+    """Whether the ``step`` of a class, and all that it wraps, is code of torch.optim."""
+    while step is not None:
+        if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch.optim."):
+            return False
+        step = getattr(step, "__wrapped__", None)
+    return True
 
 
 def why_not_fused(base: Optimizer, backend: str, params: Sequence[Tensor]) -> str | None:

@@ -290,6 +290,29 @@ def test_a_step_that_the_user_puts_in_place_of_the_base_optimizers_is_the_one_th
 
 
 @pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_step_that_the_user_puts_in_place_of_the_class_is_the_one_that_is_taken(name, when, monkeypatch):
+    kind, calls = getattr(torch.optim, name), []
+    own = kind.step
+
+    @functools.wraps(own)
+    def step(self, closure=None):
+        calls.append(self)
+        return own(self, closure)
+
+    if when == "before":
+        monkeypatch.setattr(kind, "step", step)
+    model = oracles.mlp()
+    optimizer = make(model, name, "class", rho=0.5)
+    if when == "after":
+        monkeypatch.setattr(kind, "step", step)
+    for number in range(3):
+        optimizer.step(oracles.losses_of(model), *oracles.batch(seed=number))
+    assert calls == [optimizer.base_optimizer] * 3
+
+
+@pytest.mark.usefixtures("fused")
 def test_the_step_that_a_scheduler_wraps_is_still_fused():
     optimizer = make(oracles.mlp(), "SGD", "class")
     torch.optim.lr_scheduler.ExponentialLR(optimizer.base_optimizer, 0.9)
