@@ -70,13 +70,14 @@ def _check_names(kind: type[Optimizer], kwargs: dict[str, Any]) -> None:
 
 
 def keep_radii(base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A hook for ``base.load_state_dict``: groups that a plain optimizer saved keep the rho and adaptive they have, and
-    what a schedule has noted of rho.
+    """A hook for ``base.load_state_dict``: groups that a plain optimizer saved keep the rho and adaptive they have.
+
+    So do groups that were saved without a schedule keep what a schedule has noted in them.
     """
     groups = state_dict["param_groups"]
-    if len(groups) != len(base.param_groups) or all("rho" in group and "adaptive" in group for group in groups):
+    if len(groups) != len(base.param_groups):
         return None
-    names = ("rho", "adaptive", "initial_rho")
+    names = ("rho", "adaptive", "initial_rho", "rho_over_lr")
     own = [{name: group[name] for name in names if name in group} for group in base.param_groups]
     return {**state_dict, "param_groups": [{**values, **group} for values, group in zip(own, groups)]}
 

@@ -104,7 +104,7 @@ def key_of(optimizer: ESAM, modules: list[nn.Module], samples: int) -> tuple[Any
 _NOT_AS_THEY_ARE = ("beta", "gamma", "ascent_share", "seed", "ranking")
 _FIXED_SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in _NOT_AS_THEY_ARE)
 # What a group holds that a graph reads on the device, or not at all.
-_NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho"))
+_NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rho", "rho_over_lr"))
 
 
 def _fixed_of(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -193,44 +193,66 @@ class PhaseSchedule(Schedule):
 class RhoProportionalToLR(Schedule):
     """rho = rho_0 lr / lr_0 in each group: the radius follows the learning rate, whatever schedules that.
 
-    >>> rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     >>> radius = RhoProportionalToLR(optimizer)
+    >>> rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
 
-    rho_0 and lr_0 are the group's values when this is built, or at the next ``step()`` after the group was added. Call
-    ``step()`` after the learning rate's scheduler.
+    rho_0 and lr_0 are the group's values when this is built, or at the next ``step()`` after the group was added; their
+    ratio is noted in the group as ``rho_over_lr``. Build it before the learning rate's scheduler: one that begins with
+    a warm-up (``OneCycleLR``, for one) makes the rate small at once, and the radius would grow far above rho_0
+    afterwards. Call ``step()`` after the learning rate's scheduler.
 
     Raises:
         TypeError: ``optimizer`` is no ESAM or SAM.
-        ValueError: a learning rate that starts at 0; at ``step()``, fewer groups than before.
+        ValueError: a learning rate that starts at 0; at ``load_state_dict``, the state of more groups than there are.
     """
 
     def __init__(self, optimizer: ESAM) -> None:
         _check_optimizer(optimizer)
-        self.ratios: list[float] = []
+        optimizer._follow()
+        _note_ratios(optimizer.param_groups)
         super().__init__(optimizer, "rho")
 
     def value(self) -> float:
         """rho of the first group."""
-        return self.ratios[0] * float(self.optimizer.param_groups[0]["lr"])
+        return _proportional(self.optimizer.param_groups[0])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`Schedule.load_state_dict`."""
+        groups, ratios = self.optimizer.param_groups, state_dict.get("ratios", [])
+        if len(ratios) > len(groups):
+            raise ValueError(
+                f"state_dict holds the ratios of rho to lr of {len(ratios)} parameter groups, and the optimizer has "
+                f"{len(groups)}: build it with the same groups"
+            )
+        super().load_state_dict(state_dict)
+        for group, ratio in zip(groups, ratios):
+            group["rho_over_lr"] = ratio
+        self._apply()
 
     def _apply(self) -> None:
         self.optimizer._follow()
-        if len(self.optimizer.param_groups) < len(self.ratios):
-            raise ValueError(
-                "a parameter group was taken out since this schedule was built: build RhoProportionalToLR anew, which "
-                "takes the ratios of rho to lr that the groups have now"
-            )
-        new = self.optimizer.param_groups[len(self.ratios) :]
-        rates = [float(group["lr"]) for group in new]
-        if not all(rate > 0.0 for rate in rates):
-            raise ValueError(
-                f"rho can only follow learning rates that start above 0, got {rates}: build the schedule of rho before "
-                "what sets them to 0 (a warm-up, load_state_dict)"
-            )
-        self.ratios = self.ratios + [float(group["rho"]) / rate for group, rate in zip(new, rates)]
+        groups = self.optimizer.param_groups
+        _note_ratios([group for group in groups if "rho_over_lr" not in group])
+        self.ratios = [group["rho_over_lr"] for group in groups]
         self._last_value = self.value()
-        for group, ratio in zip(self.optimizer.param_groups, self.ratios):
-            group["rho"] = ratio * float(group["lr"])
+        for group in groups:
+            group["rho"] = _proportional(group)
+
+
+def _note_ratios(groups: list[dict[str, Any]]) -> None:
+    rates = [float(group["lr"]) for group in groups]
+    if not all(rate > 0.0 for rate in rates):
+        raise ValueError(
+            f"rho can only follow learning rates that start above 0, got {rates}: build the schedule of rho before "
+            "what sets them to 0 (a warm-up, load_state_dict)"
+        )
+    for group, rate in zip(groups, rates):
+        group["rho_over_lr"] = float(group["rho"]) / rate
+
+
+def _proportional(group: dict[str, Any]) -> float:
+    ratio: float = group["rho_over_lr"]
+    return ratio * float(group["lr"])
 
 
 def _is_integer(value: Any) -> bool:

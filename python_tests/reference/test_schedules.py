@@ -230,16 +230,65 @@ def test_rho_follows_the_learning_rate_of_a_group_that_is_added_later():
     assert [group["rho"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.0])
 
 
-def test_rho_cannot_follow_the_learning_rate_of_a_group_that_is_gone():
+def without_the_first(optimizer):
+    del optimizer.param_groups[0]
+
+
+def with_another_for_the_first(optimizer):
+    optimizer.add_param_group({"params": optimizer.param_groups.pop(0)["params"], "rho": 0.125})
+
+
+def in_reverse(optimizer):
+    optimizer.param_groups.reverse()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without_the_first, [0.125]),
+        (with_another_for_the_first, [0.125, 0.0625]),
+        (in_reverse, [0.125, 0.25]),
+    ],
+)
+def test_rho_follows_the_learning_rate_of_its_own_group_where_the_groups_change(change, expected):
     optimizer = two_groups(0.5, 0.25)
     schedule = RhoProportionalToLR(optimizer)
-    del optimizer.param_groups[0]
-    with pytest.raises(ValueError, match="taken out since this schedule was built: build RhoProportionalToLR anew"):
+    change(optimizer)
+    for group in optimizer.param_groups:
         schedule.step()
-    optimizer.param_groups[0]["lr"] /= 2
-    optimizer.param_groups[0]["rho"] /= 2
-    RhoProportionalToLR(optimizer).step()
-    assert radii(optimizer) == [0.125]
+        group["lr"] /= 2
+    schedule.step()
+    assert radii(optimizer) == pytest.approx(expected)
+
+
+def test_rho_keeps_its_ratio_to_the_learning_rate_where_another_training_is_loaded():
+    """Also where its learning rate has come down to nearly nothing."""
+    optimizer, other = two_groups(0.5, 0.25), two_groups(0.5, 0.25)
+    other.param_groups[0]["lr"] = 1e-9
+    schedule = RhoProportionalToLR(optimizer)
+    optimizer.load_state_dict(other.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.2
+    schedule.step()
+    assert radii(optimizer) == pytest.approx([1.0, 0.25])
+
+
+def test_a_schedule_that_is_built_anew_takes_the_ratios_of_now():
+    optimizer = two_groups(0.5, 0.25)
+    RhoProportionalToLR(optimizer)
+    optimizer.param_groups[0]["rho"] = 1.0
+    schedule = RhoProportionalToLR(optimizer)
+    optimizer.param_groups[0]["lr"] /= 4
+    schedule.step()
+    assert radii(optimizer) == pytest.approx([0.25, 0.25])
+
+
+def test_the_ratios_of_more_groups_than_there_are_are_refused():
+    saved = RhoProportionalToLR(two_groups()).state_dict()
+    schedule = RhoProportionalToLR(build())
+    own = schedule.state_dict()
+    with pytest.raises(ValueError, match="of 2 parameter groups, and the optimizer has 1: build it with the same"):
+        schedule.load_state_dict(saved)
+    assert schedule.state_dict() == own
 
 
 def test_a_saved_state_is_not_changed_by_the_schedule_that_it_was_saved_from():
