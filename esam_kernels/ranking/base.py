@@ -36,7 +36,7 @@ class RankingContext:
     batch: tuple[Any, ...]
     """The tensors or pytrees of tensors that ``step`` or ``select`` was given."""
     head: Head | None
-    """None if the optimizer has no head, or if pass 1 did not use the head exactly once."""
+    """None without a head, if pass 1 did not use the head exactly once, and in a second ``select`` of one step."""
     seed: int
     """The optimizer's, for rankings that draw."""
     step: int

@@ -53,6 +53,8 @@ class Phases:
         self.ranking = make(perturbation.settings.ranking)
         self._recorder = HeadRecorder(head) if head is not None and self.ranking.records_head else None
         self._head: Head | None = None
+        # Whether a select of this step has used it up: it is not kept during pass 2.
+        self._head_is_used = False
         self.replays_noise = True
         # Set while a step is captured: what remembers the random numbers of the first forward.
         self.remember_noise: Callable[[], Any] | None = None
@@ -250,6 +252,11 @@ class Phases:
         self._take_head()
         if self._head is None and self.ranking.needs_head:
             assert self._recorder is not None
+            if self._head_is_used:
+                raise RuntimeError(
+                    "a second select in one step: the first one has used what the ranking reads of pass 1. Give one "
+                    "call all tensors, select(loss_before, None, inputs, targets)"
+                )
             raise RuntimeError(self._recorder.problem)
         settings = self.perturbation.settings
         context = RankingContext(losses, batch, self._head, settings.seed, self.perturbation.step)
@@ -259,7 +266,7 @@ class Phases:
                 f"the head, the last linear layer, saw {len(scores)} samples in the first pass, the batch has "
                 f"{len(losses)}: the first pass has to see the batch that select is given, and nothing else"
             )
-        self._head = None
+        self._head, self._head_is_used = None, True
         return scores
 
     def _take_head(self) -> None:
@@ -285,7 +292,7 @@ class Phases:
         self._ran_backward = False
         if self._recorder is not None and not self.weights.is_open:
             self._recorder.forget()
-            self._head = None
+            self._head, self._head_is_used = None, False
 
     def _listen(self, listens: bool) -> None:
         """Pass 1 is recorded at the head, pass 2 is not."""
@@ -293,7 +300,7 @@ class Phases:
             self._recorder.is_listening = listens
             if listens:
                 self._recorder.forget()
-                self._head = None
+                self._head, self._head_is_used = None, False
 
     def _maximizes(self) -> bool:
         """Whether the base optimizer looks for large losses: the worse side is then where they fall."""

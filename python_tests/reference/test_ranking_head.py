@@ -342,6 +342,21 @@ def test_losses_of_another_batch_than_pass_1_saw_are_refused():
         optimizer.select(torch.zeros(10), None, torch.arange(10))
 
 
+def test_a_second_select_in_one_step_is_refused_with_what_to_do():
+    model, optimizer = build()
+    losses = oracles.losses_of(model)
+    inputs, target = oracles.batch()
+    for _ in range(2):
+        loss_before = losses(inputs, target)
+        optimizer.backward(loss_before.mean())
+        optimizer.first_step(zero_grad=True)
+        optimizer.select(loss_before, None, inputs)
+        with pytest.raises(RuntimeError, match=r"a second select in one step.*select\(loss_before, None, inputs, tar"):
+            optimizer.select(loss_before, None, target)
+        optimizer.restore()
+        optimizer.zero_grad()
+
+
 # -- a head whose weight is computed from others -----------------------------------------------------------------------
 
 
