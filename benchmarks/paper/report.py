@@ -32,7 +32,8 @@ cannot equal the paper's, and only the relations between them are compared. `ARG
 
 **Words.** SWP perturbs a share beta of the weights. SDS chooses a share gamma of the batch, which is called B+; B- is
 the rest. ESAM does both. w are the weights and e is the perturbation ([all words](how_it_works.md#words)). "±" is the
-spread over the seeds. Long tables are folded on the site: click to open them.
+standard deviation over the seeds. "Measured with" ends with the commit. Long tables are folded on the site: click to
+open them.
 
 ## In short
 

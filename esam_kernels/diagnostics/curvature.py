@@ -62,6 +62,10 @@ def top_hessian_eigenvalue(
         tolerance: stop where \|lambda changes\| <= tolerance * \|lambda\|.
         seed: of the vector that it starts from.
 
+    Returns:
+        :class:`TopEigenvalue`: eigenvalue; eigenvector, of norm 1, a tensor for each parameter that trains; iterations;
+        converged; residual, \|\|H v - lambda v\|\|, which bounds the distance to an eigenvalue.
+
     Raises:
         RuntimeError: the loss cannot be differentiated twice.
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.

@@ -99,6 +99,9 @@ def loss_landscape(
             of the weights' filter, and tensors with fewer dimensions, biases and BatchNorm's, stay as they are in the
             model, as in Li et al. None: directions as they are.
 
+    Returns:
+        :class:`LossLandscape`: alphas and betas, shape (points,), losses, shape (points, points), and ``plot``.
+
     Raises:
         TypeError, ValueError: arguments out of range, directions that do not fit the parameters, or losses that are not
             one number a sample.

@@ -50,6 +50,10 @@ def ranking_agreement(
         ranking: what is compared, as for :class:`esam_kernels.ESAM`, but not "rise". "first_order" reads the head that
             the optimizer was built with.
 
+    Returns:
+        :class:`RankingAgreement`, three floats: shared, the share of the measured B+ that the ranking names too;
+        correlation, Spearman's, of scores and rises; chance, what shared is on average for a random ranking.
+
     Raises:
         TypeError: ``optimizer`` is no ESAM.
         ValueError: an optimizer without a model, without a radius, or with gamma = 1; a ranking that cannot be.

@@ -62,6 +62,10 @@ def split_losses(
         gamma: share of the samples in B+, in (0, 1], such that B- is not empty.
         seed: of the draw of e.
 
+    Returns:
+        :class:`SplitLosses`, four floats: selected and rest, the losses of B+ and B- at w; selected_perturbed and
+        rest_perturbed, those at w + e.
+
     Raises:
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.
     """
@@ -102,6 +106,10 @@ def gradient_cosine(
         at: where the gradients are taken: "perturbed", at w + e, as in appendix A.2, or "weights", at w. B+ and B- are
             the same for both.
         seed: of the draws of e and of the random part.
+
+    Returns:
+        :class:`GradientCosine`, three floats from -1 to 1: selected, rest and random, the cosines for B+, B-, and a
+        random part as large as B+.
 
     Raises:
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.

@@ -73,6 +73,9 @@ def sharpness(
         eps: keeps the division finite.
         micro_batch: at most so many samples at a time, for batches that do not fit.
 
+    Returns:
+        :class:`Sharpness`, three floats: loss, at w; perturbed_loss, the largest of all; sharpness, the difference.
+
     Raises:
         TypeError, ValueError: arguments out of range, or losses that are not one number a sample.
     """
