@@ -342,20 +342,21 @@ class Phases:
     def second_step(self) -> None:
         """w + e -> w, and the base optimizer's update."""
         self.require(perturbed=True, call="second_step")
-        self._restore_and_update()
+        self.restore_and_update()
         self.end()
 
     @torch.no_grad()
     def update(self) -> None:
         """The base optimizer's update, and w + e -> w before it where the weights are perturbed."""
         if self.weights.is_open:
-            self._restore_and_update()
+            self.restore_and_update()
         else:
             self.perturbation.check_gradients(may_lack=True)
             self.perturbation.update()
         self.end()
 
-    def _restore_and_update(self) -> None:
+    def restore_and_update(self) -> None:
+        """:meth:`second_step` up to :meth:`end`."""
         try:
             self.weights.update()
         finally:

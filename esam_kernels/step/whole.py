@@ -147,7 +147,7 @@ class WholeStep:
                 return loss
             with torch.no_grad():
                 base = phases.perturbation.base
-                restore_and_scaled_step(base, *scaling, phases.restore, phases.second_step)
+                restore_and_scaled_step(base, *scaling, phases.restore, phases.restore_and_update)
             phases.end()
         return loss
 

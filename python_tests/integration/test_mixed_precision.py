@@ -244,6 +244,24 @@ def test_scaled_gradients_are_clipped_after_unscaling():
     assert_same_bits(snapshot(plain_model), snapshot(model))
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_scaler_step_copies_a_gradient_that_somebody_else_holds_once(base, monkeypatch):
+    model, optimizer = build(base, ascent="previous", beta=1.0, gamma=1.0)
+    scaler, held, calls = torch.amp.GradScaler("cpu"), [], []
+    ascent = optimizer._perturbation.ascent
+    remember = ascent.remember
+    monkeypatch.setattr(ascent, "remember", lambda params: calls.append(1) or remember(params))
+    for number in range(2):
+        optimizer.first_step()
+        optimizer.zero_grad()
+        scaler.scale(losses_of(model)(*batch(number)).mean()).backward()
+        held += [param.grad for param in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(calls) == 2
+    assert all(param.grad is grad for param, grad in zip(model.parameters(), held[len(held) // 2 :]))
+
+
 @pytest.mark.filterwarnings("error")
 def test_scaler_step_counts_as_a_step_for_lr_schedulers():
     model, optimizer = build()
