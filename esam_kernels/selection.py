@@ -71,17 +71,17 @@ def cross_entropy(
     if shortcut and (losses := shortcut.cross_entropy(logits, target, label_smoothing, ignore_index)) is not None:
         return losses  # type: ignore[no-any-return]
     dim = check_logits(logits, target, label_smoothing, ignore_index, class_dim)
-    classes, samples = logits.shape[dim], logits.shape[0]
+    classes, positions = logits.shape[dim], logits.select(dim, 0).shape
     labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
         return ops.cross_entropy(logits, labels, label_smoothing, ignore_index)
     rows = logits.movedim(dim, -1).reshape(-1, classes)
     labels = labels.movedim(dim, -1).reshape(-1, classes) if labels.is_floating_point() else labels.reshape(-1)
     losses = ops.cross_entropy(rows, labels, label_smoothing, ignore_index)
-    losses = losses.reshape(samples, -1)
+    losses = losses.reshape(positions).flatten(1)
     if target.is_floating_point():
         return losses.mean(dim=1)
-    counted = (labels != ignore_index).reshape(samples, -1).sum(dim=1)
+    counted = (labels != ignore_index).reshape(positions).flatten(1).sum(dim=1)
     return losses.sum(dim=1) / counted.clamp(min=1)
 
 

@@ -113,6 +113,11 @@ cross_entropy_backward = register(
 """
 
 
+def _are_batched(grads: Tensor) -> bool:
+    """Whether these are many gradients at once, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grads)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         logits, target, normalizer = ctx.saved_tensors
         arguments = (ctx.label_smoothing, ctx.ignore_index)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or _are_batched(grad_losses):
             # Somebody wants a second derivative, or many first ones: the reference is made of operators that have them.
             normalizer = reference.softmax_normalizer(logits.to(normalizer.dtype))
             gradient = reference.cross_entropy_backward(grad_losses, logits, target, normalizer, *arguments)
@@ -142,7 +147,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float, ignore
     """The losses of ``cross_entropy_forward``, twice differentiable with respect to the logits."""
     arguments = (logits, target, label_smoothing, ignore_index)
     compiling = torch.compiler.is_compiling()
-    if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         # The operators have neither batching rules nor forward derivatives; what the reference is made of has both.
         return reference.cross_entropy_forward(*arguments)[0]
     if not (torch.is_grad_enabled() and logits.requires_grad):

@@ -1,5 +1,7 @@
 """The differentiable functions inside torch.compile, with no graph break, forward and backward."""
 
+import functools
+
 import oracles
 import pytest
 import torch
@@ -30,6 +32,28 @@ def test_cross_entropy_compiles_forward_and_backward(kind):
         results.append((losses.detach(), x.grad))
     torch.testing.assert_close(results[1][0], results[0][0])
     torch.testing.assert_close(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("transform", ["grad", "grad of grad", "vmap", "vmap of grad", "jvp"])
+def test_transforms_of_torch_func_compile_around_cross_entropy(transform):
+    logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+
+    def transformed(losses):
+        def of_one(x, y):
+            return losses(x[None], y[None])[0]
+
+        return {
+            "grad": torch.func.grad(lambda x: losses(x, target).sum()),
+            "grad of grad": torch.func.grad(
+                lambda x: torch.func.grad(lambda x: losses(x, target).sum())(x).square().sum()
+            ),
+            "vmap": lambda x: torch.func.vmap(of_one)(x, target),
+            "vmap of grad": lambda x: torch.func.vmap(torch.func.grad(of_one))(x, target),
+            "jvp": lambda x: torch.func.jvp(lambda x: losses(x, target), (x,), (x.cos(),))[1],
+        }[transform]
+
+    expected = transformed(functools.partial(torch.nn.functional.cross_entropy, reduction="none"))(logits)
+    torch.testing.assert_close(compiled(transformed(cross_entropy))(logits), expected)
 
 
 def test_select_and_gather_compile():

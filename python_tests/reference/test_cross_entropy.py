@@ -220,6 +220,12 @@ def test_logits_need_not_be_contiguous():
 
 def test_an_empty_batch_has_no_losses():
     assert cross_entropy(torch.empty(0, CLASSES), torch.empty(0, dtype=torch.int64)).shape == (0,)
+    sequences = torch.empty(0, CLASSES, 3, requires_grad=True)
+    for target in (torch.empty(0, 3, dtype=torch.int64), torch.empty(0, CLASSES, 3)):
+        losses = cross_entropy(sequences, target, class_dim=1)
+        assert losses.shape == (0,)
+        losses.sum().backward()
+    assert sequences.grad.shape == sequences.shape
 
 
 def test_float32_losses_under_autocast():
@@ -292,6 +298,24 @@ def test_forward_derivatives_and_batched_gradients_are_torchs(backend, monkeypat
     jacobian = torch.autograd.functional.jacobian(theirs, logits)
     torch.testing.assert_close(torch.autograd.functional.jacobian(ours, logits, vectorize=True), jacobian)
     torch.testing.assert_close(torch.func.jacrev(ours)(logits), jacobian)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("kind", ["probabilities", "positions"])
+def test_many_gradients_at_once_are_torchs(backend, kind, monkeypatch):
+    """``is_grads_batched``, by which ``jacobian(..., vectorize=True)`` goes too."""
+    if backend is None:
+        monkeypatch.delenv("ESAM_KERNELS_BACKEND", raising=False)
+    logits, target = torch.randn(4, 3), torch.rand(4, 3)
+    if kind == "positions":
+        logits, target = torch.randn(4, 3, 2), torch.randint(0, 3, (4, 2))
+
+    def theirs(x):
+        return F.cross_entropy(x, target, reduction="none").reshape(4, -1).mean(dim=1)
+
+    expected = torch.autograd.functional.jacobian(theirs, logits)
+    found = torch.autograd.functional.jacobian(lambda x: cross_entropy(x, target), logits, vectorize=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_ignored_sample_has_no_gradient_whatever_its_logits_are():
