@@ -25,8 +25,8 @@ def batch_size(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             if leaf.is_nested and leaf.layout is torch.strided:
                 raise ValueError(
-                    "a tensor of the batch is a nested tensor that has no sizes: build it with layout=torch.jagged, or "
-                    "pad it"
+                    "a tensor of the batch is a nested tensor that has no sizes: pad it, or build it with "
+                    "layout=torch.jagged, of which no part can be taken"
                 )
             if leaf.dim() == 0:
                 raise ValueError("a tensor of the batch has no dimensions: the batch must be in front")
@@ -50,21 +50,33 @@ def num_ascent(share: float, samples: int) -> int:
     return min(samples, max(2, round(share * samples)))
 
 
+def check_parts(batch: Any) -> None:
+    """Refuse tensors of which no samples can be taken.
+
+    Raises:
+        ValueError: a tensor in another layout than ``torch.strided`` and ``torch.sparse_coo``.
+    """
+    plain = type(batch) is tuple and all(isinstance(leaf, Tensor) for leaf in batch)
+    for leaf in batch if plain else pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(
+                f"a tensor of the batch has the layout {leaf.layout}, of which no part can be taken, as gamma or "
+                "ascent_share below 1, micro_batch and gather do: give a dense tensor (a nested one padded), or one in "
+                "torch.sparse_coo"
+            )
+
+
 def samples_between(batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
     """The samples [start, stop) of each tensor, as views; of sparse ones copies.
 
     Raises:
         ValueError: a tensor in a layout that cannot be cut.
     """
+    check_parts(batch)
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.layout is torch.sparse_coo:
             return tensor.narrow_copy(0, start, min(stop, len(tensor)) - start)
-        if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"a tensor of the batch has the layout {tensor.layout}, of which ascent_share below 1 and micro_batch "
-                "cannot take a part: give a dense tensor, or one in torch.sparse_coo"
-            )
         return tensor[start:stop]
 
     return pytree.tree_map_only(Tensor, cut, batch)  # type: ignore[no-any-return]

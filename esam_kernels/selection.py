@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from esam_kernels import ops
-from esam_kernels.batches import batch_size
+from esam_kernels.batches import batch_size, check_parts
 
 __all__ = ["cross_entropy", "gather", "num_selected", "select"]
 
@@ -235,7 +235,8 @@ def gather(indices: Tensor, *tensors: Any) -> Any:
         (channels_last, for one). Differentiable with respect to the tensors.
 
     Raises:
-        ValueError: tensors with different numbers of samples, or without a batch dimension.
+        ValueError: tensors with different numbers of samples, without a batch dimension, or in a layout other than
+            ``torch.strided`` and ``torch.sparse_coo``.
         TypeError: indices that are no tensor, or something else that cannot be indexed by sample.
     """
     return gather_on("", indices, *tensors)
@@ -251,6 +252,7 @@ def gather_on(backend: str, indices: Tensor, *tensors: Any) -> Any:
 
 def _with_rows(tensors: tuple[Any, ...], rows_of: Callable[[list[Tensor]], list[Tensor]]) -> Any:
     """The pytrees with rows of their tensors in the tensors' places; a single one as it is, not in a tuple."""
+    check_parts(tensors)
     if all(isinstance(tensor, Tensor) for tensor in tensors):
         found = rows_of(list(tensors))
         return found[0] if len(found) == 1 else tuple(found)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_kernels.batches import batch_size, split
+from esam_kernels.batches import batch_size, check_parts, split
 from esam_kernels.step.closure import ClosureStep
 from esam_kernels.step.grad_scaler import restore_and_scaled_step
 from esam_kernels.step.phases import Phases
@@ -106,6 +106,8 @@ class WholeStep:
     ) -> Any:
         parts = split(batch, micro_batch)
         sizes = [batch_size(part) for part in parts]
+        if any(self._phases.num_selected(size) < size for size in sizes):
+            check_parts(batch)
         self._phases.drop_gradients()
         results = choose(self._phases).run(self._phases, losses, parts, scaler)
         self._update(max_grad_norm, scaler)

@@ -103,7 +103,7 @@ def test_a_layout_that_cannot_be_cut_is_refused(share, kwargs):
     def losses(x, y):
         return oracles.losses_of(model)(x.to_dense(), y)
 
-    message = "has the layout torch.sparse_csr, of which ascent_share below 1 and micro_batch cannot take a part"
+    message = "has the layout torch.sparse_csr, of which no part can be taken, as gamma or ascent_share below 1"
     given = (losses, inputs.to_sparse_csr(), target)
     oracles.assert_refused(lambda: optimizer.step(*given, **kwargs), ValueError, message, model, optimizer)
 

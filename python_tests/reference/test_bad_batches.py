@@ -6,11 +6,13 @@ import oracles
 import pytest
 import torch
 
-from esam_kernels import ESAM, backends, cross_entropy, gather, select
+from esam_kernels import ESAM, SAM, backends, cross_entropy, gather, select
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    warnings.simplefilter("ignore")  # nested tensors are a prototype, sparse CSR is in beta
     NESTED = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    JAGGED = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)], layout=torch.jagged)
+    CSR = torch.ones(2, 6).to_sparse_csr()
 
 
 def trained(**kwargs):
@@ -26,7 +28,9 @@ def trained(**kwargs):
         ((torch.empty(0, 6), torch.empty(0, dtype=torch.int64)), ValueError, "the batch is empty"),
         ((torch.ones(4, 6), torch.ones(3)), ValueError, r"different numbers of samples: \[4, 3\]"),
         ((torch.ones(4, 6), torch.tensor(1)), ValueError, "no dimensions: the batch must be in front"),
-        ((NESTED, torch.ones(2)), ValueError, "a nested tensor that has no sizes: build it with layout=torch.jagged"),
+        ((NESTED, torch.ones(2)), ValueError, "a nested tensor that has no sizes: pad it, or build it with"),
+        ((JAGGED, torch.ones(2)), ValueError, "has the layout torch.jagged, of which no part can be taken, as gamma"),
+        (({"x": CSR}, torch.ones(2)), ValueError, "has the layout torch.sparse_csr, of which no part can be taken"),
         ((1.0, "name"), ValueError, "the batch holds no tensors"),
         (({"x": torch.ones(4, 6)}, {"y": {1, 2}}), TypeError, "the batch holds a set"),
     ],
@@ -154,6 +158,19 @@ def test_gather_refuses_what_cannot_be_indexed_by_sample():
         gather(indices, torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="indices must be int64"):
         gather(torch.tensor([0.5]), torch.ones(3))
+    for tensor in (JAGGED, CSR):
+        with pytest.raises(ValueError, match="of which no part can be taken"):
+            gather(indices, tensor)
+
+
+def test_a_layout_that_cannot_be_cut_is_taken_whole():
+    model = oracles.mlp()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+    def losses(inputs, target):
+        return cross_entropy(torch.stack([model(rows).mean(dim=0) for rows in inputs.unbind()]), target)
+
+    assert optimizer.step(losses, JAGGED, torch.tensor([0, 1])).isfinite()
 
 
 LOGITS, TARGET, LOSSES = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.arange(4.0)
