@@ -113,7 +113,8 @@ class WholeStep:
         self._update(max_grad_norm, scaler)
         loss = results[0][0]
         if len(parts) > 1:
-            loss = torch.stack([loss * size for (loss, _), size in zip(results, sizes)]).sum() / sum(sizes)
+            samples = sum(sizes)  # as shares: float16 has no room for the sum of many losses
+            loss = torch.stack([loss * (size / samples) for (loss, _), size in zip(results, sizes)]).sum()
         rest = [extra[0] if len(extra) == 1 else extra for _, extra in results if extra is not None]
         if not rest:
             return loss

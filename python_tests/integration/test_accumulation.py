@@ -68,6 +68,17 @@ def test_micro_batches_are_the_loop_written_by_hand(mask, m):
             )
 
 
+def test_the_mean_of_float16_losses_over_micro_batches_does_not_overflow():
+    model, optimizer = build(gamma=1.0)
+
+    def losses(inputs, targets):
+        return losses_of(model)(inputs, targets).half() + 20000.0
+
+    loss = optimizer.step(losses, *batch(0), micro_batch=4)
+    assert loss.dtype == torch.float16
+    assert 20000 <= loss < 20064
+
+
 def test_micro_batches_of_one_perturbation_each_differ_from_one_perturbation_of_all():
     model, optimizer = build(rho=1.0, gamma=1.0)
     other_model, other = build(rho=1.0, gamma=1.0)
