@@ -131,7 +131,12 @@ def _check_unfused(base: Optimizer, group: dict[str, Any], number: int, reason: 
             "where the backend fuses their update into the restore (triton and cuda do), and optimizers that take "
             "capturable=True. Use one of these, or call optimizer.step"
         )
-    if not (group["capturable"] or group.get("fused")):
+    if not group["capturable"]:
+        if group.get("fused"):
+            raise ValueError(
+                f"{kind} has fused=True without capturable=True (parameter group {number}), and torch captures its own "
+                f"step with capturable=True only: {reason}. Build it with both, or call optimizer.step"
+            )
         raise ValueError(_counts_on_the_host(kind, number, "capturable=True"))
     if not (isinstance(group["lr"], Tensor) and group["lr"].is_cuda):
         raise ValueError(

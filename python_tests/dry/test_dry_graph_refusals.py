@@ -66,6 +66,12 @@ REFUSED = {
         "Adagrad cannot be captured .*is neither SGD nor .*capturable=True. Use one of these, or call optimizer.step",
     ),
     "an unfused backend": (lambda p: torch.optim.SGD(p, lr=0.1), {"backend": "reference"}, "'reference' does not fuse"),
+    # torch's own step, which asks for capturable=True before anything else, where it is captured
+    "fused only": (
+        lambda p: torch.optim.AdamW(tied(p), lr=torch.tensor(1e-3), fused=True),
+        {},
+        r"AdamW has fused=True without capturable=True \(parameter group 0\).*tied to each other.*with both, or call",
+    ),
     "tied weights": (lambda p: torch.optim.SGD(tied(p), lr=0.1), {}, "parameters are tied to each other"),
     "hooks": (
         lambda p: hooked(torch.optim.SGD(p, lr=0.1)),
