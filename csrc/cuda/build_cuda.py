@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import build_record
@@ -90,18 +91,31 @@ class CudaExtension(Extension):
             optional=not required,
         )
 
-    def compile_into(self, folder: str, library: str) -> None:
-        """Compile every source, as many at a time as there are processors, and link them."""
+    def compile_into(self, folder: str, library: str, again: bool = False) -> None:
+        """Compile every source, as many at a time as there are processors, and link them.
+
+        Nothing is done where ``folder`` says that it was, with these commands and sources: it takes a minute or more.
+        ``again``: it is done all the same.
+        """
         os.makedirs(folder, exist_ok=True)
         includes = [f"-I{path}" for path in self.includes]
         commands, objects = [], []
         for source in [*self.objects_of, *self.sources]:
             objects.append(os.path.join(folder, f"{os.path.basename(source)}.o"))
             commands.append([*self.nvcc, *NVCC_FLAGS, *self.architectures, *includes, "-c", source, "-o", objects[-1]])
+        link = [*self.nvcc, *self.architectures, "-shared", "-cudart", "static", "-o", library, *objects]
+        done = Path(folder, "done")
+        # A newer toolkit may come under the old name, a link.
+        made_by = [os.path.realpath(self.nvcc[0]), build_record.source_digest.digest("cuda", Path("csrc"))]
+        text = "\n".join(map(str, [*commands, link, *made_by]))
+        if not again and os.path.exists(library) and done.exists() and done.read_text() == text:
+            return
+        done.unlink(missing_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, commands))
         os.makedirs(os.path.dirname(library), exist_ok=True)
-        run([*self.nvcc, *self.architectures, "-shared", "-cudart", "static", "-o", library, *objects])
+        run(link)
+        done.write_text(text)
 
 
 def building_cuda(command: type) -> type:
@@ -113,7 +127,8 @@ def building_cuda(command: type) -> type:
                 super().build_extension(extension)
                 return
             try:
-                extension.compile_into(os.path.join(self.build_temp, "cuda"), self.get_ext_fullpath(extension.name))
+                folder, library = os.path.join(self.build_temp, "cuda"), self.get_ext_fullpath(extension.name)
+                extension.compile_into(folder, library, again=bool(self.force))
             except CannotBuild as error:
                 if not extension.optional:
                     raise SystemExit(f"ESAM_KERNELS_CUDA=1, but {error}") from None
