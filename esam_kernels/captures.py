@@ -108,11 +108,9 @@ _NOT_FIXED = frozenset(("params", "lr", "rho", "esam", "initial_lr", "initial_rh
 
 
 def _fixed_of(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The numbers of a group that kernels take as arguments."""
-    values = (
-        (name, value) for name, value in group.items() if name not in _NOT_FIXED and not isinstance(value, Tensor)
-    )
-    return group["rho"] > 0.0, *((name, value if value is None else repr(value)) for name, value in values)
+    """The numbers of a group that kernels take as arguments, by name: ``load_state_dict`` changes their order."""
+    names = sorted(name for name, value in group.items() if name not in _NOT_FIXED and not isinstance(value, Tensor))
+    return group["rho"] > 0.0, *((name, None if group[name] is None else repr(group[name])) for name in names)
 
 
 def _autocast_of(device_type: str) -> tuple[Any, ...]:
