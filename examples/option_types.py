@@ -23,9 +23,9 @@ def share(text: str) -> float:
     return float(text)
 
 
-def radius(text: str) -> float:
+def not_negative(text: str) -> float:
     if not 0.0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
     return float(text)
 
 

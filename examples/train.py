@@ -20,7 +20,7 @@ from checkpoint import FILE, alone_in, load_checkpoint, save_checkpoint
 from data import DATA_SETS, DataSet, UserError, load, with_label_noise
 from learning_rate import SCHEDULES
 from models import MODELS, needs_two_images
-from option_types import phase, positive_int, radius, seed_number, share, workers
+from option_types import not_negative, phase, positive_int, seed_number, share, workers
 from progress import Progress
 from recipes import RECIPES, parse_with_recipe, recipe_name
 from report import Result, learned, plot, summarise, table, write_json
@@ -104,7 +104,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="SAM, ESAM: perturb in this part of the steps only, 0.7:1 for the last 30 %% (default 0:1); the base "
         "optimizer's steps elsewhere",
     )
-    training.add_argument("--rho", type=radius, help=f"radius (default: {default_radii()})")
+    training.add_argument("--rho", type=not_negative, help=f"radius (default: {default_radii()})")
     training.add_argument(
         "--rho-warmup", type=share, default=0.0, help="share of the steps over which rho rises from 0 (default 0)"
     )
@@ -124,14 +124,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--mask", choices=("tensor", "element"), default="tensor", help="what ESAM draws (default tensor)"
     )
-    training.add_argument("--lr", type=float, default=0.05, help="default %(default)s")
+    training.add_argument("--lr", type=not_negative, default=0.05, help="default %(default)s")
     training.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="default %(default)s")
     training.add_argument(
-        "--lr-warmup", type=radius, default=0.0, metavar="EPOCHS", help="over which lr rises from 0 (default 0)"
+        "--lr-warmup", type=not_negative, default=0.0, metavar="EPOCHS", help="over which lr rises from 0 (default 0)"
     )
     training.add_argument("--label-smoothing", type=share, default=0.0, help="default %(default)s")
-    training.add_argument("--momentum", type=float, default=0.9, help="default %(default)s")
-    training.add_argument("--weight-decay", type=float, default=1e-3, help="default %(default)s")
+    training.add_argument("--momentum", type=not_negative, default=0.9, help="default %(default)s")
+    training.add_argument("--weight-decay", type=not_negative, default=1e-3, help="default %(default)s")
     training.add_argument("--epochs", type=positive_int, default=25, help="default %(default)s")
     training.add_argument("--batch-size", type=positive_int, default=64, help="default %(default)s")
     training.add_argument("--micro-batch", type=positive_int, help="SAM, ESAM: so many samples at a time (default all)")

@@ -163,8 +163,11 @@ def test_options_for_speed_run_on_the_cpu(extra, tmp_path):
     [
         (["--graph", "--micro-batch", "4"], "--graph takes the batch whole"),
         (["--lr-warmup", "2"], "--lr-warmup 2 leaves nothing of 2 epochs"),
-        (["--lr-warmup", "-1"], "--lr-warmup: -1 is not 0 or more"),
+        (["--lr-warmup", "-1"], "--lr-warmup: -1 is not a finite number of 0 or more"),
         (["--label-smoothing", "1.5"], "--label-smoothing: 1.5 does not lie in"),
+        (["--lr", "nan"], "--lr: nan is not a finite number of 0 or more"),
+        (["--momentum", "nan"], "--momentum: nan is not a finite number of 0 or more"),
+        (["--weight-decay", "inf"], "--weight-decay: inf is not a finite number of 0 or more"),
         (["--workers", "-1"], "--workers: -1 is not 0 or more"),
         (["--data-path", "x"], "--data-path is for --data cifar10, cifar100 and imagenet"),
         (["--model", "resnet50", "--micro-batch", "3", "--batch-size", "4"], "resnet50 with a batch of one image"),
