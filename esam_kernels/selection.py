@@ -71,7 +71,8 @@ def cross_entropy(
     if shortcut and (losses := shortcut.cross_entropy(logits, target, label_smoothing, ignore_index)) is not None:
         return losses  # type: ignore[no-any-return]
     dim = check_logits(logits, target, label_smoothing, ignore_index, class_dim)
-    classes, positions = logits.shape[dim], logits.select(dim, 0).shape
+    positions = list(logits.shape)
+    classes = positions.pop(dim)
     labels = target if target.is_floating_point() else target.to(torch.int64)
     if logits.dim() == 2:
         return ops.cross_entropy(logits, labels, label_smoothing, ignore_index)
